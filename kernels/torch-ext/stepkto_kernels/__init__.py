@@ -1,0 +1,28 @@
+"""Kernels for Step-KTO: log-probabilities under an LM head without stored logits, and the objective on top of them.
+
+Everything is packed: N scored tokens of B completions and S steps, no padding; D is the hidden size, V the vocabulary.
+Tensors in, tensors out: this package needs torch and knows nothing of training.
+"""
+
+from .backends import backend
+from .linear_logp.op import linear_logp, linear_logp_entropy
+from .linear_logp_kl.op import LogpKL, linear_logp_kl
+from .linear_step_kto.op import linear_step_kto, linear_step_kto_exact
+from .reference_points.op import ReferencePoints, reference_points
+from .step_kto.op import StepKTOOutput, step_kto
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LogpKL",
+    "ReferencePoints",
+    "StepKTOOutput",
+    "backend",
+    "linear_logp",
+    "linear_logp_entropy",
+    "linear_logp_kl",
+    "linear_step_kto",
+    "linear_step_kto_exact",
+    "reference_points",
+    "step_kto",
+]

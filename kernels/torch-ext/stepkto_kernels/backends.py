@@ -1,0 +1,95 @@
+"""Which implementation of an op runs: a registry of op -> backend -> functions, and the choice among them.
+
+Ops read the choice when they run, so it also steers code that torch.compile traced earlier.
+What a forward saves for its backward is defined by the op, never by the backend: any backend's backward can follow any
+backend's forward.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from . import native
+
+ENVIRONMENT_VARIABLE = "STEPKTO_BACKEND"
+AUTO = "auto"
+BACKENDS = ("reference", "native", "triton")
+FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}  # `auto`; never the interpreter
+
+
+class Kernel(NamedTuple):
+    forward: Callable
+    backward: Callable | None = None
+
+
+_KERNELS: dict[str, dict[str, Kernel]] = {}
+_COMPOSED: dict[str, tuple[str, ...]] = {}  # ops that only call other ops' kernels
+_chosen: ContextVar[str | None] = ContextVar("stepkto_backend", default=None)
+
+
+def register(op: str, backend: str, forward: Callable, backward: Callable | None = None) -> None:
+    _KERNELS.setdefault(op, {})[backend] = Kernel(forward, backward)
+
+
+def register_composed(op: str, *parts: str) -> None:
+    _COMPOSED[op] = parts
+
+
+def ops() -> list[str]:
+    return [*_KERNELS, *_COMPOSED]
+
+
+def _check_name(name: str, source: str) -> str:
+    if name != AUTO and name not in BACKENDS:
+        raise ValueError(f"{source} is {name!r}; expected one of {', '.join((AUTO, *BACKENDS))}")
+    return name
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the ops called inside the `with` block on one backend: "auto", "reference", "native" or "triton".
+
+    It takes precedence over the environment variable STEPKTO_BACKEND. An op's backward runs on the backend that was in
+    force for its forward; compiled code reads the choice whenever it runs, for the backward too.
+
+    Raises ValueError for an unknown name here, and RuntimeError when an op is called that this backend lacks.
+    """
+    token = _chosen.set(_check_name(name, "backend name"))
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def requested() -> str:
+    """The backend asked for at this moment: the innermost `backend(...)`, else STEPKTO_BACKEND, else "auto"."""
+    return _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+
+
+def why_not(op: str, name: str) -> str | None:
+    """None if backend `name` can run `op` on this machine, else the reason and the remedy."""
+    if op in _COMPOSED:
+        lacking = [part for part in _COMPOSED[op] if why_not(part, name)]
+        return f"{lacking[0]}: {why_not(lacking[0], name)}" if lacking else None
+    if name not in _KERNELS[op]:
+        return f"no {name} kernel for {op} in this version; use auto, or one of {', '.join(_KERNELS[op])}"
+    return native.missing() if name == "native" else None
+
+
+def choose(op: str, tensor: torch.Tensor, name: str = "") -> Kernel:
+    """The kernel of `op` for tensors like `tensor`; `name` overrides the current choice where it is not empty."""
+    name = name or requested()
+    device = tensor.device.type
+    if name == AUTO:
+        order = FASTEST_FIRST.get(device, ("reference",))
+        return next(_KERNELS[op][each] for each in order if why_not(op, each) is None)
+    reason = why_not(op, name)
+    if reason is None and name == "native" and device != "cpu":
+        reason = f"it runs on CPU tensors and this call's are on {device}"
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} lacks {op}: {reason}")
+    return _KERNELS[op][name]

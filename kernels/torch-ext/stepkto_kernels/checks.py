@@ -1,0 +1,99 @@
+"""Input checks. Those of types, dtypes, shapes and scalars are static: they run in Python before an op is called, also
+while torch.compile traces. Those that read data (`*_values`) run inside the op, at run time.
+
+Legend of the names in this package's function bodies: N packed scored tokens, n a block of them, D hidden size,
+V vocabulary, v a tile of it, B completions, S steps. `h_ND` has shape (N, D).
+"""
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INFINITY = float("inf")
+
+
+def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tuple[str, int | None]) -> None:
+    """`shape` holds one (letter, size or None) per dimension."""
+
+    def complain(error: type[Exception], found: str) -> None:
+        letters = ", ".join(letter if size is None else f"{letter}={size}" for letter, size in shape)
+        kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise error(f"{name} {found}; expected a {kinds} tensor of shape ({letters})")
+
+    if not isinstance(value, Tensor):
+        complain(TypeError, f"is a {type(value).__name__}")
+    if value.dim() != len(shape) or any(
+        size is not None and value.shape[i] != size for i, (_, size) in enumerate(shape)
+    ):
+        complain(ValueError, f"has shape {tuple(value.shape)}")
+    if value.dtype not in dtypes:
+        complain(TypeError, f"has dtype {value.dtype} and shape {tuple(value.shape)}")
+
+
+def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.device != other.device:
+        raise ValueError(
+            f"{name} of shape {tuple(value.shape)} is on {value.device}; expected {other.device}, where {other_name} is"
+        )
+
+
+def scalar(name: str, value: object, low: float = -INFINITY, low_allowed: bool = False) -> None:
+    """A finite number above `low`, or equal to it where `low_allowed`."""
+    expected = "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
+    if not (low < value < INFINITY or (low_allowed and value == low)):
+        raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(map(repr, choices))}")
+
+
+def boolean_or_none(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected True, False or None")
+
+
+def target_values(target_N: Tensor, vocabulary: int, ignore_index: int) -> None:
+    wrong_N = ((target_N < 0) | (target_N >= vocabulary)) & (target_N != ignore_index)
+    if wrong_N.any():
+        n = int(wrong_N.nonzero()[0])
+        raise ValueError(
+            f"target of shape {tuple(target_N.shape)} holds {int(target_N[n])} at position {n}; expected values in "
+            f"[0, V={vocabulary}) or ignore_index={ignore_index}"
+        )
+
+
+def packing_values(tokens: int, cu_seqlens: Tensor, cu_steps: Tensor) -> None:
+    for name, cu in (("cu_seqlens", cu_seqlens), ("cu_steps", cu_steps)):
+        where = f"{name} of shape {tuple(cu.shape)}"
+        if int(cu[0]) != 0:
+            raise ValueError(f"{where} starts at {int(cu[0])}; expected 0")
+        falls = cu[1:] <= cu[:-1]
+        if falls.any():
+            i = int(falls.nonzero()[0])
+            raise ValueError(
+                f"{where} holds {int(cu[i])}, {int(cu[i + 1])} at positions {i}, {i + 1}; expected strictly "
+                "ascending boundaries"
+            )
+        if int(cu[-1]) != tokens:
+            raise ValueError(f"{where} ends at {int(cu[-1])}; expected the number of tokens, N={tokens}")
+    nearest = cu_steps[torch.searchsorted(cu_steps, cu_seqlens).clamp(max=len(cu_steps) - 1)]
+    if (nearest != cu_seqlens).any():
+        i = int((nearest != cu_seqlens).nonzero()[0])
+        raise ValueError(
+            f"cu_steps of shape {tuple(cu_steps.shape)} lacks the sequence boundary {int(cu_seqlens[i])} "
+            f"(cu_seqlens[{i}]); expected every sequence boundary to be a step boundary too"
+        )
+
+
+def step_label_values(step_labels_S: Tensor) -> None:
+    wrong_S = (step_labels_S < -1) | (step_labels_S > 1)
+    if wrong_S.any():
+        h = int(wrong_S.nonzero()[0])
+        raise ValueError(
+            f"step_labels of shape {tuple(step_labels_S.shape)} holds {int(step_labels_S[h])} at position {h}; "
+            "expected 1 (correct), 0 (incorrect) or -1 (unlabelled)"
+        )

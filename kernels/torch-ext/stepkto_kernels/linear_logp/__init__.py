@@ -1,0 +1,1 @@
+"""Log-probabilities (and entropies) of target tokens under a linear head, without storing logits. See README.md."""

@@ -1,0 +1,321 @@
+"""linear_logp and linear_logp_entropy: registration with torch.library, and the public functions."""
+
+from typing import Literal, NamedTuple, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from .. import backends, checks
+from .._ops import op
+from . import eager
+
+backends.register("linear_logp", "reference", eager.linear_logp_forward, eager.linear_logp_backward)
+backends.register(
+    "linear_logp_entropy", "reference", eager.linear_logp_entropy_forward, eager.linear_logp_entropy_backward
+)
+
+FILTER_EPS_16_BIT = 2.0**-9  # "auto": the gradient then moves by about what rounding to bf16 does
+
+
+class LogitOptions(NamedTuple):
+    """The options of every function with a head, in the order in which the ops take them."""
+
+    logit_scale: float
+    softcap: float | None
+    temperature: float
+    ignore_index: int
+    filter_eps: float
+
+
+def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
+    """Checked (hidden, weight, bias), cast as F.linear would cast them under autocast."""
+    names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    checks.tensor(names[0], hidden, checks.FLOATS, ("N", None), ("D", None))
+    checks.tensor(names[1], weight, checks.FLOATS, ("V", None), ("D", hidden.shape[1]))
+    if weight.shape[0] == 0:
+        raise ValueError(f"{names[1]} has shape {tuple(weight.shape)}; expected at least one row (V >= 1)")
+    if bias is not None:
+        checks.tensor(names[2], bias, checks.FLOATS, ("V", weight.shape[0]))
+        checks.same_device(names[2], bias, names[0], hidden)
+    checks.same_device(names[1], weight, names[0], hidden)
+    checks.tensor("target", target, (torch.int64,), ("N", hidden.shape[0]))
+    checks.same_device("target", target, names[0], hidden)
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
+        hidden, weight, bias = (
+            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
+        )
+    checks.tensor(names[1], weight, (hidden.dtype,), ("V", None), ("D", None))
+    if bias is not None:
+        checks.tensor(names[2], bias, (hidden.dtype,), ("V", None))
+    return hidden, weight, bias
+
+
+def check_logit_options(
+    hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, filter_eps: object
+) -> LogitOptions:
+    checks.scalar("logit_scale", logit_scale)
+    if softcap is not None:
+        checks.scalar("softcap", softcap, low=0)
+    checks.scalar("temperature", temperature, low=0)
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index is {ignore_index!r} ({type(ignore_index).__name__}); expected an int")
+    if isinstance(filter_eps, str):
+        checks.choice("filter_eps", filter_eps, ("auto",))
+        filter_eps = FILTER_EPS_16_BIT if hidden.dtype in (torch.bfloat16, torch.float16) else 0.0
+    checks.scalar("filter_eps", filter_eps, low=0, low_allowed=True)
+    if filter_eps >= 1:
+        raise ValueError(f"filter_eps is {filter_eps!r}; expected 'auto' or a number in [0, 1)")
+    return LogitOptions(
+        float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, float(filter_eps)
+    )
+
+
+def reads_data(validate: bool | None, like: Tensor) -> bool:
+    """Whether to run the checks that read data: on a device they would make the host wait."""
+    checks.boolean_or_none("validate", validate)
+    return like.device.type == "cpu" if validate is None else validate
+
+
+def requested_for_backward() -> str:
+    """The backend that a backward should use: its forward's. While torch.compile traces, "": decided at run time."""
+    return "" if torch.compiler.is_compiling() else backends.requested()
+
+
+def present(*grads: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
+
+
+def filled(*grads: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+    """Ops return tensors only: an empty one stands for a gradient that nobody needs."""
+    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@op
+def linear_logp_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional[Tensor],
+    logit_scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    ignore_index: int,
+    filter_eps: float,
+    validate: bool,
+) -> Tuple[Tensor, Tensor]:
+    kernel = backends.choose("linear_logp", hidden)
+    if validate:
+        checks.target_values(target, len(weight), ignore_index)
+    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+
+
+@linear_logp_forward.register_fake
+def _(hidden, weight, target, bias, *options):
+    shape = hidden.new_empty(hidden.shape[0], dtype=eager.compute_dtype(hidden))
+    return shape, torch.empty_like(shape)
+
+
+@op
+def linear_logp_backward(
+    grad_logp: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    bias: Optional[Tensor],
+    logit_scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    ignore_index: int,
+    filter_eps: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    grads = backends.choose("linear_logp", hidden, backend).backward(
+        grad_logp, hidden, weight, target, lse, bias, logit_scale, softcap, temperature, ignore_index, filter_eps,
+        need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    return filled(*grads, like=hidden)
+
+
+@linear_logp_backward.register_fake
+def _(grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend):
+    return fake_gradients(hidden, weight, bias, needs_and_backend[:3])
+
+
+def fake_gradients(hidden, weight, bias, needs):
+    return tuple(
+        torch.empty_like(x, memory_format=torch.contiguous_format) if need else hidden.new_empty(0)
+        for x, need in zip((hidden, weight, bias), needs, strict=True)
+    )
+
+
+def _save_logp(ctx, inputs, output):
+    hidden, weight, target, bias, *ctx.options = inputs
+    _, lse = output
+    ctx.save_for_backward(hidden, weight, target, bias, lse)
+    ctx.backend = requested_for_backward()
+
+
+def _differentiate_logp(ctx, grad_logp, _):
+    hidden, weight, target, bias, lse = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    grads = linear_logp_backward(
+        grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend
+    )
+    dhidden, dweight, dbias = present(*grads, needed=needs)
+    return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
+
+
+linear_logp_forward.register_autograd(_differentiate_logp, setup_context=_save_logp)
+
+
+@op
+def linear_logp_entropy_forward(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Optional[Tensor],
+    logit_scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    ignore_index: int,
+    filter_eps: float,
+    validate: bool,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    kernel = backends.choose("linear_logp_entropy", hidden)
+    if validate:
+        checks.target_values(target, len(weight), ignore_index)
+    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+
+
+@linear_logp_entropy_forward.register_fake
+def _(hidden, weight, target, bias, *options):
+    shape = hidden.new_empty(hidden.shape[0], dtype=eager.compute_dtype(hidden))
+    return shape, torch.empty_like(shape), torch.empty_like(shape)
+
+
+@op
+def linear_logp_entropy_backward(
+    grad_logp: Tensor,
+    grad_entropy: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    lse: Tensor,
+    entropy: Tensor,
+    bias: Optional[Tensor],
+    logit_scale: float,
+    softcap: Optional[float],
+    temperature: float,
+    ignore_index: int,
+    filter_eps: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+    backend: str,
+) -> Tuple[Tensor, Tensor, Tensor]:
+    grads = backends.choose("linear_logp_entropy", hidden, backend).backward(
+        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, logit_scale, softcap, temperature,
+        ignore_index, filter_eps, need_hidden, need_weight, need_bias,
+    )  # fmt: skip
+    return filled(*grads, like=hidden)
+
+
+@linear_logp_entropy_backward.register_fake
+def _(grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, *options_needs_backend):
+    return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
+
+
+def _save_logp_entropy(ctx, inputs, output):
+    hidden, weight, target, bias, *ctx.options = inputs
+    _, lse, entropy = output
+    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy)
+    ctx.backend = requested_for_backward()
+
+
+def _differentiate_logp_entropy(ctx, grad_logp, _, grad_entropy):
+    hidden, weight, target, bias, lse, entropy = ctx.saved_tensors
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    grads = linear_logp_entropy_backward(
+        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, *ctx.options[:-1], *needs, ctx.backend
+    )
+    dhidden, dweight, dbias = present(*grads, needed=needs)
+    return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
+
+
+linear_logp_entropy_forward.register_autograd(_differentiate_logp_entropy, setup_context=_save_logp_entropy)
+
+
+def linear_logp(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    filter_eps: float | Literal["auto"] = "auto",
+    validate: bool | None = None,
+) -> Tensor:
+    """Natural-log probability of each target token under a linear head; the (N, V) logits are never stored.
+
+    The logits are `z = logit_scale * (hidden @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if a softcap
+    is given, then `z / temperature`; the result is `z[target] - logsumexp(z)`, never above 0.
+
+    Args:
+        hidden: (N, D) fp32, bf16, fp16 or fp64; the hidden state that predicts each token.
+        weight: (V, D), the LM head, of hidden's dtype. Under autocast both are cast as F.linear would.
+        target: (N,) int64 in [0, V), or `ignore_index`.
+        bias: (V,) of hidden's dtype, or None.
+        logit_scale, softcap, temperature: see above; softcap and temperature are positive.
+        ignore_index: rows with this target give 0, and no gradient.
+        filter_eps: the share of a token's non-target probability mass whose gradient the backward may drop, in
+            [0, 1). 0 is exact; "auto" is 0 for fp32 and fp64 and 2^-9 for 16-bit inputs. The reference backend drops
+            nothing.
+        validate: whether to check the values of `target`, which makes the host wait for the device. None: on CPU only.
+
+    Returns:
+        (N,) fp32 (fp64 for fp64 inputs), in nats. Differentiable once, in hidden, weight and bias.
+
+    Raises:
+        ValueError, TypeError: a wrong shape, dtype, device or value; the message names the argument.
+        RuntimeError: the backend chosen by name cannot run this op.
+    """
+    hidden, weight, bias = check_head("", hidden, weight, bias, target)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    return linear_logp_forward(hidden, weight, target, bias, *options, reads_data(validate, hidden))[0]
+
+
+def linear_logp_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    temperature: float = 1.0,
+    ignore_index: int = -100,
+    filter_eps: float | Literal["auto"] = "auto",
+    validate: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`linear_logp` together with the entropy of each token's distribution (after scale, softcap and temperature).
+
+    Arguments and errors are those of `linear_logp`; `filter_eps` then bounds the entropy's gradient too.
+
+    Returns:
+        (logp, entropy), each (N,) fp32 (fp64 for fp64 inputs), in nats, both differentiable once. Ignored rows give 0.
+    """
+    hidden, weight, bias = check_head("", hidden, weight, bias, target)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    logp, _, entropy = linear_logp_entropy_forward(
+        hidden, weight, target, bias, *options, reads_data(validate, hidden)
+    )
+    return logp, entropy

@@ -1,0 +1,1 @@
+"""LM head and Step-KTO objective in one call. See README.md."""

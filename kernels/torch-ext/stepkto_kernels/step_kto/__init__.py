@@ -1,0 +1,1 @@
+"""The Step-KTO objective over packed tokens. See README.md."""
