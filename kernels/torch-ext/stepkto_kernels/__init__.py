@@ -1,6 +1,7 @@
-"""Kernels for Step-KTO: log-probabilities under an LM head without stored logits, and the objective on top of them.
+"""Kernels for Step-KTO: log-probabilities under an LM head without stored logits, and the objective.
 
-Everything is packed: N scored tokens of B completions and S steps, no padding; D is the hidden size, V the vocabulary.
+Everything is packed: N scored tokens of B completions and S steps, no padding; D is the hidden size, V the
+vocabulary.
 Tensors in, tensors out: this package needs torch and knows nothing of training.
 """
 

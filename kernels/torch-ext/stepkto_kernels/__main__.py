@@ -1,4 +1,4 @@
-"""`python -m stepkto_kernels`: which op runs on which backend here and, for the others, why not and the remedy."""
+"""`python -m stepkto_kernels`: which op runs on which backend here and, if not, why not."""
 
 import torch
 
@@ -20,11 +20,13 @@ def table() -> str:
         for name in backends.BACKENDS:
             reason = backends.why_not(op, name)
             cells.append(f"{'-' if reason else 'yes':<9}")
-            if reason:
+            if reason and not reason.startswith("it needs "):  # else its parts say it
                 reasons.setdefault(f"{name}: {reason}", []).append(op)
         lines.append("  ".join([f"{op:<{width}}", *cells]).rstrip())
     if reasons:
-        lines += ["", "Not available:", *(f"  {reason}" for reason in reasons)]
+        lines += ["", "Why not, and the remedy:"]
+        for reason, names in sorted(reasons.items()):
+            lines += [f"  {reason}", f"      {', '.join(names)}"]
     return "\n".join(lines)
 
 

@@ -16,7 +16,7 @@ def add_op_namespace_prefix(name: str) -> str:
 def op(function: Callable):
     """Declare `function` (tensors first) as an op of this package, under its own name.
 
-    Autocast is switched off inside: an op upcasts its operands itself, and autocast would round them down again.
+    Autocast is off inside: an op upcasts its operands itself, and autocast would round them down again.
     """
 
     @functools.wraps(function)
@@ -24,4 +24,6 @@ def op(function: Callable):
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *rest)
 
-    return torch.library.custom_op(add_op_namespace_prefix(function.__name__), without_autocast, mutates_args=())
+    return torch.library.custom_op(
+        add_op_namespace_prefix(function.__name__), without_autocast, mutates_args=()
+    )

@@ -1,8 +1,8 @@
 """Which implementation of an op runs: a registry of op -> backend -> functions, and the choice among them.
 
 Ops read the choice when they run, so it also steers code that torch.compile traced earlier.
-What a forward saves for its backward is defined by the op, never by the backend: any backend's backward can follow any
-backend's forward.
+What a forward saves for its backward is defined by the op, never by the backend: any backend's backward can
+follow any backend's forward.
 """
 
 import os
@@ -18,7 +18,8 @@ from . import native
 ENVIRONMENT_VARIABLE = "STEPKTO_BACKEND"
 AUTO = "auto"
 BACKENDS = ("reference", "native", "triton")
-FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}  # `auto`; never the interpreter
+# what `auto` tries, by device; Triton's interpreter is never among it
+FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")}
 
 
 class Kernel(NamedTuple):
@@ -53,8 +54,8 @@ def _check_name(name: str, source: str) -> str:
 def backend(name: str) -> Iterator[None]:
     """Run the ops called inside the `with` block on one backend: "auto", "reference", "native" or "triton".
 
-    It takes precedence over the environment variable STEPKTO_BACKEND. An op's backward runs on the backend that was in
-    force for its forward; compiled code reads the choice whenever it runs, for the backward too.
+    It takes precedence over the environment variable STEPKTO_BACKEND. An op's backward runs on the backend
+    that was in force for its forward; compiled code reads the choice whenever it runs, for the backward too.
 
     Raises ValueError for an unknown name here, and RuntimeError when an op is called that this backend lacks.
     """
@@ -66,7 +67,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def requested() -> str:
-    """The backend asked for at this moment: the innermost `backend(...)`, else STEPKTO_BACKEND, else "auto"."""
+    """The backend asked for right now: the innermost `backend(...)`, else STEPKTO_BACKEND, else "auto"."""
     return _chosen.get() or _check_name(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 
@@ -74,14 +75,14 @@ def why_not(op: str, name: str) -> str | None:
     """None if backend `name` can run `op` on this machine, else the reason and the remedy."""
     if op in _COMPOSED:
         lacking = [part for part in _COMPOSED[op] if why_not(part, name)]
-        return f"{lacking[0]}: {why_not(lacking[0], name)}" if lacking else None
+        return f"it needs {lacking[0]}: {why_not(lacking[0], name)}" if lacking else None
     if name not in _KERNELS[op]:
-        return f"no {name} kernel for {op} in this version; use auto, or one of {', '.join(_KERNELS[op])}"
+        return f"no {name} kernel in this version; use {' or '.join((AUTO, *_KERNELS[op]))}"
     return native.missing() if name == "native" else None
 
 
 def choose(op: str, tensor: torch.Tensor, name: str = "") -> Kernel:
-    """The kernel of `op` for tensors like `tensor`; `name` overrides the current choice where it is not empty."""
+    """The kernel of `op` for tensors like `tensor`; a `name` that is not empty overrides the choice."""
     name = name or requested()
     device = tensor.device.type
     if name == AUTO:

@@ -1,8 +1,8 @@
-"""Input checks. Those of types, dtypes, shapes and scalars are static: they run in Python before an op is called, also
-while torch.compile traces. Those that read data (`*_values`) run inside the op, at run time.
+"""Input checks. Those of types, dtypes, shapes and scalars are static: they run in Python before an op is
+called, also while torch.compile traces. Those that read data (`*_values`) run inside the op, at run time.
 
-Legend of the names in this package's function bodies: N packed scored tokens, n a block of them, D hidden size,
-V vocabulary, v a tile of it, B completions, S steps. `h_ND` has shape (N, D).
+Legend of the names in this package's function bodies: N packed scored tokens, n a block of them, D hidden
+size, V vocabulary, v a tile of it, B completions, S steps. `h_ND` has shape (N, D).
 """
 
 import torch
@@ -33,13 +33,16 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tu
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{name} of shape {tuple(value.shape)} is on {value.device}; expected {other.device}, where {other_name} is"
+            f"{name} of shape {tuple(value.shape)} is on {value.device}; "
+            f"expected {other.device}, where {other_name} is"
         )
 
 
 def scalar(name: str, value: object, low: float = -INFINITY, low_allowed: bool = False) -> None:
     """A finite number above `low`, or equal to it where `low_allowed`."""
-    expected = "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
+    expected = (
+        "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
+    )
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
     if not (low < value < INFINITY or (low_allowed and value == low)):
@@ -61,8 +64,8 @@ def target_values(target_N: Tensor, vocabulary: int, ignore_index: int) -> None:
     if wrong_N.any():
         n = int(wrong_N.nonzero()[0])
         raise ValueError(
-            f"target of shape {tuple(target_N.shape)} holds {int(target_N[n])} at position {n}; expected values in "
-            f"[0, V={vocabulary}) or ignore_index={ignore_index}"
+            f"target of shape {tuple(target_N.shape)} holds {int(target_N[n])} at position {n}; "
+            f"expected values in [0, V={vocabulary}) or ignore_index={ignore_index}"
         )
 
 
@@ -94,6 +97,6 @@ def step_label_values(step_labels_S: Tensor) -> None:
     if wrong_S.any():
         h = int(wrong_S.nonzero()[0])
         raise ValueError(
-            f"step_labels of shape {tuple(step_labels_S.shape)} holds {int(step_labels_S[h])} at position {h}; "
-            "expected 1 (correct), 0 (incorrect) or -1 (unlabelled)"
+            f"step_labels of shape {tuple(step_labels_S.shape)} holds {int(step_labels_S[h])} at position "
+            f"{h}; expected 1 (correct), 0 (incorrect) or -1 (unlabelled)"
         )

@@ -17,7 +17,10 @@ def missing() -> str | None:
         tools = [
             what
             for what, found in (
-                ("a C++ compiler (g++ or clang++)", shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")),
+                (
+                    "a C++ compiler (g++ or clang++)",
+                    shutil.which("g++") or shutil.which("clang++") or shutil.which("c++"),
+                ),
                 ("cmake (3.18 or later)", shutil.which("cmake")),
                 ("ninja or make", shutil.which("ninja") or shutil.which("make")),
             )
@@ -28,5 +31,7 @@ def missing() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # built against another torch, or for another machine
-        return f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}); rebuild it: {REBUILD}"
+        return (
+            f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}); rebuild it: {REBUILD}"
+        )
     return None

@@ -1,1 +1,1 @@
-"""Log-probabilities (and entropies) of target tokens under a linear head, without storing logits. See README.md."""
+"""Log-probabilities (and entropies) of tokens under a linear head, logits never stored. See README.md."""

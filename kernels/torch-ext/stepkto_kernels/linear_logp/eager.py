@@ -1,7 +1,7 @@
 """The reference backend of linear_logp and linear_logp_entropy: torch calls over bounded tiles of the logits.
 
-Rows that are ignored, and in the backward rows whose coefficients are 0, are taken out first: they cost nothing, and
-whatever their hidden states hold (NaN included) reaches no sum.
+Rows that are ignored, and in the backward rows whose coefficients are 0, are taken out first: they cost
+nothing, and whatever their hidden states hold (NaN included) reaches no sum.
 """
 
 from collections.abc import Iterator
@@ -17,23 +17,23 @@ TILE_ELEMENTS = 2**24  # of logits held at a time: 64 MiB in fp32
 class Head(NamedTuple):
     """A row of hidden states to a row of logits, one vocabulary tile at a time, never rounded below fp32."""
 
-    weight_VD: Tensor
-    bias_V: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
     logit_scale: float
     softcap: float | None
     temperature: float
 
     def tiles(self) -> list[slice]:
-        vocabulary = len(self.weight_VD)
+        vocabulary = len(self.weight)
         return [slice(lo, min(lo + TILE_V, vocabulary)) for lo in range(0, vocabulary, TILE_V)]
 
-    def weight(self, tile: slice, dtype: torch.dtype) -> Tensor:
-        return self.weight_VD[tile].to(dtype)
+    def weight_tile(self, tile: slice, dtype: torch.dtype) -> Tensor:
+        return self.weight[tile].to(dtype)
 
     def logits(self, h_nD: Tensor, w_vD: Tensor, tile: slice) -> Tensor:
         z_nv = h_nD @ w_vD.T
-        if self.bias_V is not None:
-            z_nv += self.bias_V[tile].to(z_nv.dtype)
+        if self.bias is not None:
+            z_nv += self.bias[tile].to(z_nv.dtype)
         z_nv *= self.logit_scale
         if self.softcap is not None:
             z_nv = z_nv.div_(self.softcap).tanh_().mul_(self.softcap)
@@ -98,12 +98,12 @@ def _forward(
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     lse_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
     (kept,) = torch.nonzero(target_N != ignore_index, as_tuple=True)
-    for rows in row_blocks(kept, len(head.weight_VD)):
+    for rows in row_blocks(kept, len(head.weight)):
         h_nD, target_n = hidden_ND[rows].to(dtype), target_N[rows]
         z_target_n = logp_N.new_zeros(len(rows))
         lse_tiles, entropy_tiles = [], []
         for tile in head.tiles():
-            z_nv = head.logits(h_nD, head.weight(tile, dtype), tile)
+            z_nv = head.logits(h_nD, head.weight_tile(tile, dtype), tile)
             row, column = place_target(target_n, tile)
             z_target_n[row] = z_nv[row, column]
             lse_tiles.append(z_nv.logsumexp(-1))
@@ -117,7 +117,8 @@ def _forward(
         if with_entropy:
             # chain rule of entropy over tiles, each term >= 0: H = sum_t P_t * (H_t - log P_t)
             logp_nt = lse_nt - lse_n[:, None]
-            entropy_N[rows] = (logp_nt.exp() * (torch.stack(entropy_tiles, -1) - logp_nt)).sum(-1).clamp_(min=0)
+            entropy_n = (logp_nt.exp() * (torch.stack(entropy_tiles, -1) - logp_nt)).sum(-1)
+            entropy_N[rows] = entropy_n.clamp_(min=0)
     return logp_N, lse_N, entropy_N
 
 
@@ -162,7 +163,9 @@ def linear_logp_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
     needs = need_hidden, need_weight, need_bias
-    return _backward(grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, lse_N, entropy_N, ignore_index, needs)
+    return _backward(
+        grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, lse_N, entropy_N, ignore_index, needs
+    )
 
 
 def _backward(
@@ -179,9 +182,9 @@ def _backward(
     """dz_v = g * ([v = target] - p_v) - g_H * p_v * (log p_v + H), then the two GEMMs of each tile."""
     need_hidden, need_weight, need_bias = needs
     dtype = compute_dtype(hidden_ND)
-    dh_ND = torch.zeros_like(hidden_ND, dtype=dtype, memory_format=torch.contiguous_format) if need_hidden else None
-    dw_VD = torch.empty_like(head.weight_VD, memory_format=torch.contiguous_format) if need_weight else None
-    db_V = torch.empty_like(head.bias_V, memory_format=torch.contiguous_format) if need_bias else None
+    dh_ND = hidden_ND.new_zeros(hidden_ND.shape, dtype=dtype) if need_hidden else None
+    dw_VD = head.weight.new_empty(head.weight.shape) if need_weight else None
+    db_V = head.bias.new_empty(head.bias.shape) if need_bias else None
 
     live_N = grad_logp_N != 0
     if grad_entropy_N is not None:
@@ -189,10 +192,10 @@ def _backward(
     (live,) = torch.nonzero(live_N & (target_N != ignore_index), as_tuple=True)
 
     for tile in head.tiles():
-        w_vD = head.weight(tile, dtype)
-        dw_vD = torch.zeros_like(w_vD, memory_format=torch.contiguous_format) if need_weight else None
+        w_vD = head.weight_tile(tile, dtype)
+        dw_vD = w_vD.new_zeros(w_vD.shape) if need_weight else None
         db_v = w_vD.new_zeros(len(w_vD)) if need_bias else None
-        for rows in row_blocks(live, len(head.weight_VD)):
+        for rows in row_blocks(live, len(head.weight)):
             h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype)
             z_nv = head.logits(h_nD, w_vD, tile)
             logp_nv = z_nv - lse_N[rows, None]

@@ -1,6 +1,6 @@
 """linear_logp and linear_logp_entropy: registration with torch.library, and the public functions."""
 
-from typing import Literal, NamedTuple, Optional, Tuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,7 +53,12 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
 
 
 def check_logit_options(
-    hidden: Tensor, logit_scale: float, softcap: float | None, temperature: float, ignore_index: int, filter_eps: object
+    hidden: Tensor,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    filter_eps: object,
 ) -> LogitOptions:
     checks.scalar("logit_scale", logit_scale)
     if softcap is not None:
@@ -68,7 +73,11 @@ def check_logit_options(
     if filter_eps >= 1:
         raise ValueError(f"filter_eps is {filter_eps!r}; expected 'auto' or a number in [0, 1)")
     return LogitOptions(
-        float(logit_scale), None if softcap is None else float(softcap), float(temperature), ignore_index, float(filter_eps)
+        float(logit_scale),
+        None if softcap is None else float(softcap),
+        float(temperature),
+        ignore_index,
+        float(filter_eps),
     )
 
 
@@ -79,7 +88,7 @@ def reads_data(validate: bool | None, like: Tensor) -> bool:
 
 
 def requested_for_backward() -> str:
-    """The backend that a backward should use: its forward's. While torch.compile traces, "": decided at run time."""
+    """The backend for a backward: its forward's, or "" while torch.compile traces: decided at run time."""
     return "" if torch.compiler.is_compiling() else backends.requested()
 
 
@@ -97,14 +106,14 @@ def linear_logp_forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> Tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     kernel = backends.choose("linear_logp", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
@@ -124,9 +133,9 @@ def linear_logp_backward(
     weight: Tensor,
     target: Tensor,
     lse: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
@@ -134,16 +143,18 @@ def linear_logp_backward(
     need_weight: bool,
     need_bias: bool,
     backend: str,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp", hidden, backend).backward(
-        grad_logp, hidden, weight, target, lse, bias, logit_scale, softcap, temperature, ignore_index, filter_eps,
-        need_hidden, need_weight, need_bias,
+        grad_logp, hidden, weight, target, lse, bias, logit_scale, softcap, temperature, ignore_index,
+        filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(*grads, like=hidden)
 
 
 @linear_logp_backward.register_fake
-def _(grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend):
+def _(
+    grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend
+):
     return fake_gradients(hidden, weight, bias, needs_and_backend[:3])
 
 
@@ -179,14 +190,14 @@ def linear_logp_entropy_forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     kernel = backends.choose("linear_logp_entropy", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
@@ -208,9 +219,9 @@ def linear_logp_entropy_backward(
     target: Tensor,
     lse: Tensor,
     entropy: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
@@ -218,10 +229,10 @@ def linear_logp_entropy_backward(
     need_weight: bool,
     need_bias: bool,
     backend: str,
-) -> Tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp_entropy", hidden, backend).backward(
-        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, logit_scale, softcap, temperature,
-        ignore_index, filter_eps, need_hidden, need_weight, need_bias,
+        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, logit_scale, softcap,
+        temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(*grads, like=hidden)
 
@@ -242,7 +253,17 @@ def _differentiate_logp_entropy(ctx, grad_logp, _, grad_entropy):
     hidden, weight, target, bias, lse, entropy = ctx.saved_tensors
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     grads = linear_logp_entropy_backward(
-        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, *ctx.options[:-1], *needs, ctx.backend
+        grad_logp,
+        grad_entropy,
+        hidden,
+        weight,
+        target,
+        lse,
+        entropy,
+        bias,
+        *ctx.options[:-1],
+        *needs,
+        ctx.backend,
     )
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
@@ -266,8 +287,8 @@ def linear_logp(
 ) -> Tensor:
     """Natural-log probability of each target token under a linear head; the (N, V) logits are never stored.
 
-    The logits are `z = logit_scale * (hidden @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if a softcap
-    is given, then `z / temperature`; the result is `z[target] - logsumexp(z)`, never above 0.
+    The logits are `z = logit_scale * (hidden @ weight.T + bias)`, then `z = softcap * tanh(z / softcap)` if a
+    softcap is given, then `z / temperature`; the result is `z[target] - logsumexp(z)`, never above 0.
 
     Args:
         hidden: (N, D) fp32, bf16, fp16 or fp64; the hidden state that predicts each token.
@@ -276,10 +297,11 @@ def linear_logp(
         bias: (V,) of hidden's dtype, or None.
         logit_scale, softcap, temperature: see above; softcap and temperature are positive.
         ignore_index: rows with this target give 0, and no gradient.
-        filter_eps: the share of a token's non-target probability mass whose gradient the backward may drop, in
-            [0, 1). 0 is exact; "auto" is 0 for fp32 and fp64 and 2^-9 for 16-bit inputs. The reference backend drops
-            nothing.
-        validate: whether to check the values of `target`, which makes the host wait for the device. None: on CPU only.
+        filter_eps: the share of a token's non-target probability mass whose gradient the backward may drop,
+            in [0, 1). 0 is exact; "auto" is 0 for fp32 and fp64 and 2^-9 for 16-bit inputs. The reference
+            backend drops nothing.
+        validate: whether to check the values of `target`, which makes the host wait for the device. None: on
+            CPU only.
 
     Returns:
         (N,) fp32 (fp64 for fp64 inputs), in nats. Differentiable once, in hidden, weight and bias.
@@ -306,12 +328,13 @@ def linear_logp_entropy(
     filter_eps: float | Literal["auto"] = "auto",
     validate: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`linear_logp` together with the entropy of each token's distribution (after scale, softcap and temperature).
+    """`linear_logp` together with the entropy of each token's distribution over the vocabulary.
 
     Arguments and errors are those of `linear_logp`; `filter_eps` then bounds the entropy's gradient too.
 
     Returns:
-        (logp, entropy), each (N,) fp32 (fp64 for fp64 inputs), in nats, both differentiable once. Ignored rows give 0.
+        (logp, entropy), each (N,) fp32 (fp64 for fp64 inputs), in nats, both differentiable once. Ignored
+        rows give 0.
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)

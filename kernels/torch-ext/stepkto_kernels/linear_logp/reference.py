@@ -1,4 +1,4 @@
-"""The slow truth of linear_logp and linear_logp_entropy: all logits at once, ordinary autograd, any floating dtype."""
+"""The slow truth of linear_logp and linear_logp_entropy: all logits at once, ordinary autograd, any dtype."""
 
 import torch
 from torch import Tensor
@@ -21,7 +21,9 @@ def logits(
     return z_NV / temperature
 
 
-def linear_logp(hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head) -> Tensor:
+def linear_logp(
+    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head
+) -> Tensor:
     return linear_logp_entropy(hidden, weight, target, ignore_index=ignore_index, **head)[0]
 
 

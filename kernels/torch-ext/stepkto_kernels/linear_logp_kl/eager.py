@@ -31,8 +31,8 @@ def linear_logp_kl_forward(
         target_logit_n, ref_target_logit_n = logp_N.new_zeros(len(rows)), logp_N.new_zeros(len(rows))
         lse_tiles, ref_lse_tiles, kl_tiles = [], [], []
         for tile in policy.tiles():
-            z_nv = policy.logits(h_nD, policy.weight(tile, dtype), tile)
-            y_nv = reference.logits(ref_h_nE, reference.weight(tile, dtype), tile)
+            z_nv = policy.logits(h_nD, policy.weight_tile(tile, dtype), tile)
+            y_nv = reference.logits(ref_h_nE, reference.weight_tile(tile, dtype), tile)
             row, column = place_target(target_n, tile)
             target_logit_n[row], ref_target_logit_n[row] = z_nv[row, column], y_nv[row, column]
             lse_tiles.append(z_nv.logsumexp(-1))

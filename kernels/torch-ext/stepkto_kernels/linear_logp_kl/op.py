@@ -1,6 +1,6 @@
 """linear_logp_kl: registration with torch.library, and the public function. Its backward is linear_logp's."""
 
-from typing import Literal, NamedTuple, Optional, Tuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,20 +36,30 @@ def linear_logp_kl_forward(
     ref_hidden: Tensor,
     ref_weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor],
-    ref_bias: Optional[Tensor],
+    bias: Tensor | None,
+    ref_bias: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = backends.choose("linear_logp_kl", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
     return kernel.forward(
-        hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias, logit_scale, softcap, temperature, ignore_index
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        target,
+        bias,
+        ref_bias,
+        logit_scale,
+        softcap,
+        temperature,
+        ignore_index,
     )
 
 
@@ -82,11 +92,12 @@ linear_logp_kl_forward.register_autograd(_differentiate, setup_context=_save)
 def check_reference_head(
     weight: Tensor, ref_hidden: Tensor, ref_weight: Tensor, ref_bias: Tensor | None, target: Tensor
 ) -> tuple:
-    """Checked (ref_hidden, ref_weight, ref_bias), detached; its hidden size and dtype may differ from the policy's."""
+    """Checked and detached; hidden size and dtype may differ from the policy's."""
     ref_hidden, ref_weight, ref_bias = check_head("ref_", ref_hidden, ref_weight, ref_bias, target)
     if ref_weight.shape[0] != weight.shape[0]:
         raise ValueError(
-            f"ref_weight has shape {tuple(ref_weight.shape)}; expected (V={weight.shape[0]}, D'), weight's vocabulary"
+            f"ref_weight has shape {tuple(ref_weight.shape)}; expected (V={weight.shape[0]}, D'), "
+            "the vocabulary of weight"
         )
     return ref_hidden.detach(), ref_weight.detach(), None if ref_bias is None else ref_bias.detach()
 
@@ -107,19 +118,21 @@ def linear_logp_kl(
     filter_eps: float | Literal["auto"] = "auto",
     validate: bool | None = None,
 ) -> LogpKL:
-    """Log-probabilities of the targets under policy and reference, and the exact KL between the two, in one pass.
+    """Log-probabilities of the targets under policy and reference, and the exact KL between the two.
 
-    `kl[n] = sum over the vocabulary of p * (log p - log q)`, with p the policy and q the reference after the same
-    scale, softcap and temperature; rounding below 0 is clamped.
+    `kl[n] = sum over the vocabulary of p * (log p - log q)`, with p the policy and q the reference after the
+    same scale, softcap and temperature; rounding below 0 is clamped.
 
     Args:
         hidden, weight, bias, target and the options: as for `linear_logp`.
-        ref_hidden: (N, D') and ref_weight: (V, D'), the reference model's, of one dtype; D' may differ from D.
+        ref_hidden: (N, D') and ref_weight: (V, D'), the reference model's, of one dtype; D' may differ
+            from D.
         ref_bias: (V,) or None.
 
     Returns:
-        LogpKL(logp, ref_logp, kl), each (N,) fp32 (fp64 for an fp64 policy), in nats; ignored rows give 0 in all three.
-        Only `logp` is differentiable, in hidden, weight and bias: nothing flows into the reference.
+        LogpKL(logp, ref_logp, kl), each (N,) fp32 (fp64 for an fp64 policy), in nats; ignored rows give 0 in
+        all three. Only `logp` is differentiable, in hidden, weight and bias: nothing flows into the
+        reference.
 
     Raises:
         ValueError, TypeError, RuntimeError: as for `linear_logp`.

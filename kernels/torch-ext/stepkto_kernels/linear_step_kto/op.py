@@ -1,11 +1,11 @@
-"""linear_step_kto and linear_step_kto_exact: the other ops' kernels, one after the other, under one registered op each.
+"""linear_step_kto and linear_step_kto_exact: the other ops' kernels, one after the other, as one op each.
 
-One op, so that all inputs are checked before the head's GEMM, also in compiled code; each part keeps its own backend.
+One op, so that all inputs are checked before the head's GEMM, also in compiled code; each part keeps its own
+backend.
 """
 
-from typing import Literal, Optional, Tuple
+from typing import Literal
 
-import torch
 from torch import Tensor
 
 from .. import backends, checks
@@ -41,7 +41,7 @@ def linear_step_kto_forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     ref_logp: Tensor,
     cu_seqlens: Tensor,
     cu_steps: Tensor,
@@ -49,10 +49,10 @@ def linear_step_kto_forward(
     step_labels: Tensor,
     kl: Tensor,
     step_kl: Tensor,
-    num_completions: Optional[Tensor],
-    num_supervised: Optional[Tensor],
+    num_completions: Tensor | None,
+    num_supervised: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
@@ -68,18 +68,20 @@ def linear_step_kto_forward(
     after_first_error: str,
     loss_type: str,
     validate: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head, objective = (backends.choose(name, hidden) for name in ("linear_logp", "step_kto"))
     if validate:
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
         point_values(kl, step_kl, loss_type)
-    logp_N, lse_N = head.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+    logp_N, lse_N = head.forward(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index
+    )
     ref_logp_N = ref_logp.to(logp_N.dtype).masked_fill(target == ignore_index, 0)
     *results, coefficient_N = objective.forward(
-        logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions, num_supervised,
-        beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight, step_undesirable_weight,
-        outcome_weight, step_weight, step_reduction, after_first_error,
+        logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
+        num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
+        step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
     )  # fmt: skip
     return *results, logp_N, coefficient_N, lse_N
 
@@ -116,18 +118,18 @@ def linear_step_kto_exact_forward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
-    bias: Optional[Tensor],
+    bias: Tensor | None,
     ref_hidden: Tensor,
     ref_weight: Tensor,
-    ref_bias: Optional[Tensor],
+    ref_bias: Tensor | None,
     cu_seqlens: Tensor,
     cu_steps: Tensor,
     labels: Tensor,
     step_labels: Tensor,
-    num_completions: Optional[Tensor],
-    num_supervised: Optional[Tensor],
+    num_completions: Tensor | None,
+    num_supervised: Tensor | None,
     logit_scale: float,
-    softcap: Optional[float],
+    softcap: float | None,
     temperature: float,
     ignore_index: int,
     filter_eps: float,
@@ -142,7 +144,7 @@ def linear_step_kto_exact_forward(
     step_reduction: str,
     after_first_error: str,
     validate: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pair, points, objective = (
         backends.choose(name, hidden) for name in ("linear_logp_kl", "reference_points", "step_kto")
     )
@@ -150,20 +152,32 @@ def linear_step_kto_exact_forward(
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
     logp_N, ref_logp_N, kl_N, lse_N = pair.forward(
-        hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias, logit_scale, softcap, temperature, ignore_index
+        hidden,
+        weight,
+        ref_hidden,
+        ref_weight,
+        target,
+        bias,
+        ref_bias,
+        logit_scale,
+        softcap,
+        temperature,
+        ignore_index,
     )
     kl, step_kl = ReferencePoints(*points.forward(kl_N, cu_seqlens, cu_steps)).points()
     *results, coefficient_N = objective.forward(
-        logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions, num_supervised,
-        beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight, step_undesirable_weight,
-        outcome_weight, step_weight, step_reduction, after_first_error,
+        logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
+        num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
+        step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
     )  # fmt: skip
     return *results, logp_N, kl, step_kl, coefficient_N, lse_N
 
 
 @linear_step_kto_exact_forward.register_fake
 def _(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, *rest):
-    logp, coefficient, lse = (hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(3))
+    logp, coefficient, lse = (
+        hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(3)
+    )
     results = fake_results(logp, cu_seqlens, cu_steps)
     return *results, logp, logp.new_empty(()), logp.new_empty(()), coefficient, lse
 
@@ -215,16 +229,20 @@ def linear_step_kto(
     """The Step-KTO loss straight from hidden states: `step_kto(linear_logp(...), ref_logp, ...)` as one op.
 
     Args:
-        hidden: (N, D), weight: (V, D), target: (N,), bias: (V,) and the options of the head: as for `linear_logp`.
+        hidden: (N, D), weight: (V, D), target: (N,), bias: (V,) and the options of the head: as for
+        `linear_logp`.
         ref_logp: (N,) floating, under the reference, in nats; a constant. Ignored rows count as 0 here too.
-        cu_seqlens: (B+1,) int32, cu_steps: (S+1,) int32, labels: (B,) bool, step_labels: (S,) int8, and the options of
+        cu_seqlens: (B+1,) int32, cu_steps: (S+1,) int32, labels: (B,) bool, step_labels: (S,) int8, and the
+            options of
             the objective: as for `step_kto`.
 
     Returns:
-        StepKTOOutput in fp32 (fp64 for fp64 inputs); `loss` is differentiable once, in hidden, weight and bias.
+        StepKTOOutput in fp32 (fp64 for fp64 inputs); `loss` is differentiable once, in hidden, weight and
+        bias.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or value, before any computation; names the argument.
+        ValueError, TypeError: a wrong shape, dtype, device or value, before any computation; names the
+        argument.
         RuntimeError: the backend chosen by name lacks linear_logp or step_kto.
 
     The formula is our reading of Step-KTO (arXiv 2501.10799) on top of KTO (arXiv 2402.01306).
@@ -246,8 +264,8 @@ def linear_step_kto(
         global_count("num_supervised", num_supervised, hidden),
     )
     loss, *rest, logp, _, _ = linear_step_kto_forward(
-        hidden, weight, target, bias, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl, step_kl,
-        *counts, *options, *objective, reads_data(validate, hidden),
+        hidden, weight, target, bias, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl,
+        step_kl, *counts, *options, *objective, reads_data(validate, hidden),
     )  # fmt: skip
     return StepKTOOutput(loss, *(x.detach() for x in rest), logp.detach(), kl, step_kl)
 
@@ -287,21 +305,24 @@ def linear_step_kto_exact(
 ) -> StepKTOOutput:
     """The Step-KTO loss of a whole batch with exact reference points, in one pass over policy and reference.
 
-    The same as `linear_logp_kl`, then `reference_points(kl, ...).points()`, then `step_kto` with those two points. They
-    are this call's own: for a batch spread over micro-batches or ranks, make the three calls and all-reduce between.
+    The same as `linear_logp_kl`, then `reference_points(kl, ...).points()`, then `step_kto` with those two
+    points. They are this call's own: for a batch spread over micro-batches or ranks, make the three calls and
+    all-reduce between.
 
     Args:
-        hidden: (N, D), weight: (V, D), ref_hidden: (N, D'), ref_weight: (V, D'), target: (N,), bias, ref_bias: (V,) and
+        hidden: (N, D), weight: (V, D), ref_hidden: (N, D'), ref_weight: (V, D'), target: (N,), bias,
+            ref_bias: (V,) and
             the options of the head: as for `linear_logp_kl`.
-        cu_seqlens, cu_steps, labels, step_labels and the options of the objective: as for `step_kto`; loss_type is
-            "kto", since "apo_zero_unpaired" has no reference points to estimate.
+        cu_seqlens, cu_steps, labels, step_labels and the options of the objective: as for `step_kto`;
+            loss_type is "kto", since "apo_zero_unpaired" has no reference points to estimate.
 
     Returns:
         StepKTOOutput in fp32 (fp64 for an fp64 policy); `kl` and `step_kl` are the points found. `loss` is
         differentiable once, in hidden, weight and bias; the reference points are constants.
 
     Raises:
-        ValueError, TypeError: a wrong shape, dtype, device or value, before any computation; names the argument.
+        ValueError, TypeError: a wrong shape, dtype, device or value, before any computation; names the
+        argument.
         RuntimeError: the backend chosen by name lacks one of the three ops.
 
     The formula is our reading of Step-KTO (arXiv 2501.10799) on top of KTO (arXiv 2402.01306).
@@ -320,7 +341,7 @@ def linear_step_kto_exact(
         global_count("num_supervised", num_supervised, hidden),
     )
     loss, *rest, logp, kl, step_kl, _, _ = linear_step_kto_exact_forward(
-        hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, labels, step_labels,
-        *counts, *options, *objective[:-1], reads_data(validate, hidden),
+        hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, labels,
+        step_labels, *counts, *options, *objective[:-1], reads_data(validate, hidden),
     )  # fmt: skip
     return StepKTOOutput(loss, *(x.detach() for x in (*rest, logp, kl, step_kl)))

@@ -25,7 +25,9 @@ def linear_step_kto(
 ) -> dict[str, Tensor]:
     logp_N = linear_logp(hidden, weight, target, ignore_index=ignore_index, **head)
     ref_logp_N = torch.where(target == ignore_index, 0, ref_logp)
-    return step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **objective) | {"logp": logp_N}
+    return step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **objective) | {
+        "logp": logp_N
+    }
 
 
 def linear_step_kto_exact(

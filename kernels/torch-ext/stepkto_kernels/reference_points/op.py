@@ -1,6 +1,6 @@
 """reference_points: registration with torch.library, and the public function."""
 
-from typing import NamedTuple, Tuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ backends.register("reference_points", "reference", eager.reference_points_forwar
 
 
 class ReferencePoints(NamedTuple):
-    """What one rank adds to the two reference points: 0-d fp32 tensors (fp64 for fp64 values), without gradient.
+    """What one rank adds to the two reference points: 0-d fp32 tensors (fp64 for fp64 values), without
+    gradient.
 
     All four are sums: all-reduce `torch.stack(points)` and rebuild with `ReferencePoints(*reduced)`.
     """
@@ -25,7 +26,9 @@ class ReferencePoints(NamedTuple):
 
     def means(self) -> tuple[Tensor, Tensor]:
         """(mean over completions, flat mean over steps), unclamped, for the log; 0 where there are none."""
-        return self.outcome_sum / self.outcome_count.clamp(min=1), self.step_sum / self.step_count.clamp(min=1)
+        return self.outcome_sum / self.outcome_count.clamp(min=1), self.step_sum / self.step_count.clamp(
+            min=1
+        )
 
     def points(self) -> tuple[Tensor, Tensor]:
         """(z, z_s): the means, then clamped at 0."""
@@ -44,7 +47,7 @@ def check_boundaries(cu_seqlens: Tensor, cu_steps: Tensor, name: str, values: Te
 @op
 def reference_points_forward(
     values: Tensor, cu_seqlens: Tensor, cu_steps: Tensor, validate: bool
-) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     kernel = backends.choose("reference_points", values)
     if validate:
         checks.packing_values(len(values), cu_seqlens, cu_steps)
@@ -62,8 +65,8 @@ def reference_points(values: Tensor, cu_seqlens: Tensor, cu_steps: Tensor) -> Re
 
     Args:
         values: (N,) floating, in nats: per-token KL, or log-ratios d. Detached.
-        cu_seqlens: (B+1,) int32 and cu_steps: (S+1,) int32: boundaries over the N tokens, from 0, strictly ascending,
-            to N; every sequence boundary is a step boundary. On CPU tensors this is checked.
+        cu_seqlens: (B+1,) int32 and cu_steps: (S+1,) int32: boundaries over the N tokens, from 0, strictly
+            ascending, to N; every sequence boundary is a step boundary. On CPU tensors this is checked.
 
     Returns:
         ReferencePoints; `.points()` gives (z, z_s), after any all-reduce of the four numbers.

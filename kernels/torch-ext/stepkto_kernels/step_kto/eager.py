@@ -1,6 +1,7 @@
 """The reference backend of step_kto: segment sums and elementwise torch over completions and steps.
 
-Everything after the per-token difference is in fp64: it is B + S numbers, and long sums then cost no accuracy.
+Everything after the per-token difference is in fp64: it is B + S numbers, and long sums then cost no
+accuracy.
 """
 
 import torch
@@ -17,6 +18,12 @@ def segment_sum(x_N: Tensor, boundaries: Tensor) -> Tensor:
 def spread(x_S: Tensor, boundaries: Tensor, size: int) -> Tensor:
     """Each segment's value repeated over its members: the transpose of segment_sum."""
     return x_S.repeat_interleave(boundaries.diff(), output_size=size)
+
+
+def inverse(count: Tensor) -> Tensor:
+    """1 / count, or 0 for 0. Counts may be fractions: a global count over the number of ranks."""
+    count = count.to(torch.float64)
+    return torch.where(count > 0, 1 / count, 0)
 
 
 def value_terms(
@@ -60,8 +67,7 @@ def step_kto_forward(
     r_B = segment_sum(r_S, cu_seqsteps)
 
     outcome_B, slope_B = value_terms(r_B, labels_B, beta, kl.to(double), desirable_weight, undesirable_weight)
-    count = torch.tensor(completions) if num_completions is None else num_completions
-    per_completion = 1 / count.to(double).clamp(min=1)
+    per_completion = inverse(r_B.new_tensor(completions) if num_completions is None else num_completions)
 
     labelled_S = step_labels_S != -1
     if after_first_error == "mask":
@@ -69,8 +75,7 @@ def step_kto_forward(
         wrong_before_S = wrong_S.cumsum(0) - wrong_S
         labelled_S &= wrong_before_S == spread(wrong_before_S[cu_seqsteps[:-1]], cu_seqsteps, steps)
     labelled_B = segment_sum(labelled_S.to(double), cu_seqsteps)
-    count = (labelled_B > 0).sum() if num_supervised is None else num_supervised
-    share_S = labelled_S / count.to(double).clamp(min=1)
+    share_S = labelled_S * inverse((labelled_B > 0).sum() if num_supervised is None else num_supervised)
     if step_reduction == "mean":
         share_S = share_S / spread(labelled_B.clamp(min=1), cu_seqsteps, steps)
     step_S, step_slope_S = value_terms(

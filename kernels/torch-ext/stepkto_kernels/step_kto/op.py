@@ -1,6 +1,6 @@
 """step_kto: registration with torch.library, and the public function."""
 
-from typing import Literal, NamedTuple, Optional, Tuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,10 @@ from .. import backends, checks
 from .._ops import op
 from ..linear_logp.op import reads_data
 from ..reference_points.op import check_boundaries
-from . import eager
+from . import eager, native
 
 backends.register("step_kto", "reference", eager.step_kto_forward)
+backends.register("step_kto", "native", native.step_kto_forward)
 
 
 class StepKTOOutput(NamedTuple):
@@ -105,7 +106,9 @@ def global_count(name: str, value: int | Tensor | None, like: Tensor) -> Tensor 
         dtypes = (torch.int64, torch.int32, *checks.FLOATS)
         return scalar_tensor(name, value, dtypes, like).to(like.device, torch.float64, non_blocking=True)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int >= 0, a 0-d tensor or None")
+        raise TypeError(
+            f"{name} is {value!r} ({type(value).__name__}); expected an int >= 0, a 0-d tensor or None"
+        )
     if value < 0:
         raise ValueError(f"{name} is {value!r}; expected an int >= 0, a 0-d tensor or None")
     return torch.full((), value, dtype=torch.float64, device=like.device)
@@ -129,10 +132,9 @@ def batch_values(
     checks.step_label_values(step_labels)
     present_here = len(cu_seqlens) > 1, bool((step_labels != -1).any())
     for name, count, present in zip(("num_completions", "num_supervised"), counts, present_here, strict=True):
-        if count is not None and not count >= (1 if present else 0):
-            raise ValueError(
-                f"{name} is {count.item():g}; expected the global count, at least {1 if present else 0} for this input"
-            )
+        if count is not None and not (count > 0 or (count == 0 and not present)):
+            low = "a count above 0, since this call holds some" if present else "a count of at least 0"
+            raise ValueError(f"{name} is {count.item():g}; expected {low}")
 
 
 def point_values(kl: Tensor, step_kl: Tensor, loss_type: str) -> None:
@@ -155,8 +157,8 @@ def step_kto_forward(
     step_labels: Tensor,
     kl: Tensor,
     step_kl: Tensor,
-    num_completions: Optional[Tensor],
-    num_supervised: Optional[Tensor],
+    num_completions: Tensor | None,
+    num_supervised: Tensor | None,
     beta: float,
     step_beta: float,
     desirable_weight: float,
@@ -169,16 +171,17 @@ def step_kto_forward(
     after_first_error: str,
     loss_type: str,
     validate: bool,
-) -> Tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     kernel = backends.choose("step_kto", logp)
     if validate:
         batch_values(len(logp), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
         point_values(kl, step_kl, loss_type)
     dtype = kl.dtype  # of the computation
     return kernel.forward(
-        logp.to(dtype), ref_logp.to(dtype), cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
-        num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
-        step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
+        logp.to(dtype), ref_logp.to(dtype), cu_seqlens, cu_steps, labels, step_labels, kl, step_kl,
+        num_completions, num_supervised, beta, step_beta, desirable_weight, undesirable_weight,
+        step_desirable_weight, step_undesirable_weight, outcome_weight, step_weight, step_reduction,
+        after_first_error,
     )  # fmt: skip
 
 
@@ -241,33 +244,37 @@ def step_kto(
     num_supervised: int | Tensor | None = None,
     validate: bool | None = None,
 ) -> StepKTOOutput:
-    """The Step-KTO loss of a packed batch: a KTO value function over whole completions, and one over their steps.
+    """The Step-KTO loss of a packed batch: a KTO value function over whole completions, and one over their
+    steps.
 
     With d = logp - ref_logp, r_i its sum over completion i and r_h its sum over step h:
 
         outcome  v_i = lam_i * sigmoid(beta * (r_i - kl))           if labels[i], else with the sign flipped
         step     v_h = lam_h * sigmoid(step_beta * (r_h - step_kl)) if step_labels[h] == 1, flipped if 0
         loss = outcome_weight * mean_i(lam_i - v_i)
-             + step_weight * mean over completions with a labelled step of (lam_h - v_h) reduced over those steps
+             + step_weight * mean over completions with a labelled step of (lam_h - v_h) reduced over those
+             steps
 
     Args:
         logp: (N,) log-probabilities of the packed tokens under the policy, in nats; fp32, bf16, fp16 or fp64.
         ref_logp: (N,) floating, under the reference; treated as a constant.
-        cu_seqlens: (B+1,) int32 and cu_steps: (S+1,) int32: boundaries over the N tokens, from 0, strictly ascending,
-            to N; every sequence boundary is a step boundary.
+        cu_seqlens: (B+1,) int32 and cu_steps: (S+1,) int32: boundaries over the N tokens, from 0, strictly
+            ascending, to N; every sequence boundary is a step boundary.
         labels: (B,) bool, the outcome of each completion.
         step_labels: (S,) int8: 1 correct, 0 incorrect, -1 unlabelled (no step term).
-        kl, step_kl: the reference points z and z_s, in nats: a float or a 0-d tensor, used as given and detached.
+        kl, step_kl: the reference points z and z_s, in nats: a float or a 0-d tensor, used as given and
+        detached.
         beta, step_beta: positive, per nat.
-        *_weight: >= 0; lam of desirable (correct) and undesirable completions and steps, and the weights of the terms.
+        *_weight: >= 0; lam of desirable (correct) and undesirable completions and steps, and the weights of
+        the terms.
         step_reduction: over a completion's labelled steps.
         after_first_error: "mask" treats the steps after a completion's first incorrect one as unlabelled.
         loss_type: "apo_zero_unpaired" fixes both reference points at 0 and rejects others.
-        num_completions, num_supervised: what the two means divide by: the global counts of completions, and of
-            completions with a labelled step (after masking), so that micro-batches and ranks add up to one mean. An
-            int or a 0-d tensor; None: this call's own.
-        validate: whether to check boundaries, label values, counts and reference points, which makes the host wait for
-            the device. None: on CPU only.
+        num_completions, num_supervised: what the two means divide by: the global counts of completions, and
+            of completions with a labelled step (after masking), so that micro-batches and ranks add up to one
+            mean. An int or a 0-d tensor; None: this call's own.
+        validate: whether to check boundaries, label values, counts and reference points, which makes the host
+            wait for the device. None: on CPU only.
 
     Returns:
         StepKTOOutput in fp32 (fp64 for an fp64 logp); `loss` is differentiable once, in logp only.
@@ -289,7 +296,10 @@ def step_kto(
     kl, step_kl = (
         reference_point(name, x, loss_type, logp) for name, x in (("kl", kl), ("step_kl", step_kl))
     )
-    counts = global_count("num_completions", num_completions, logp), global_count("num_supervised", num_supervised, logp)
+    counts = (
+        global_count("num_completions", num_completions, logp),
+        global_count("num_supervised", num_supervised, logp),
+    )
     loss, *rest, _ = step_kto_forward(
         logp, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, *counts, *objective,
         reads_data(validate, logp),

@@ -1,4 +1,5 @@
-"""The slow truth of step_kto: one completion and one step at a time, ordinary autograd, any floating dtype."""
+"""The slow truth of step_kto: one completion and one step at a time, ordinary autograd, any floating
+dtype."""
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ def step_kto(
 ) -> dict[str, Tensor]:
     d_N = logp - ref_logp.detach()
     outcome_losses, step_losses, r_B, r_S = [], [], [], []
-    steps = list(zip(cu_steps.tolist(), cu_steps.tolist()[1:], step_labels.tolist()))
-    for start, stop, desirable in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], labels.tolist()):
+    steps = list(zip(cu_steps.tolist(), cu_steps.tolist()[1:], step_labels.tolist(), strict=False))
+    for start, stop, desirable in zip(
+        cu_seqlens.tolist(), cu_seqlens.tolist()[1:], labels.tolist(), strict=False
+    ):
         r = d_N[start:stop].sum()
         r_B.append(r)
         lam = desirable_weight if desirable else undesirable_weight
