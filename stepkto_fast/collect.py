@@ -1,0 +1,101 @@
+"""Sampling turned into rollouts: completions with their outcome, their steps, their labels and reference log-probs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import RunError
+from .objective import log_probs
+from .prm import PRM
+from .recipe import Recipe
+from .rollout import Rollout
+from .sampler import Sampler
+from .segmentation import step_ends, step_texts
+from .tasks import arithmetic
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A problem with its prompt as tokens."""
+
+    problem_id: int
+    problem: arithmetic.Problem
+    prompt_ids: list[int]
+
+
+def ask(
+    problems: Sequence[arithmetic.Problem], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, recipe: Recipe
+) -> tuple[list[Asked], int]:
+    """Problems with tokenised prompts, and how many were left out because prompt and completion exceed the context.
+
+    Raises RunError when none fits.
+    """
+    room = model.config.max_position_embeddings - recipe.max_completion_length
+    every = [
+        Asked(n, p, list(tokenizer(p.prompt, add_special_tokens=False)["input_ids"])) for n, p in enumerate(problems)
+    ]
+    fitting = [a for a in every if len(a.prompt_ids) <= room]
+    if not fitting:
+        raise RunError(
+            f"no prompt fits: the shortest of {len(every)} has {min(len(a.prompt_ids) for a in every)} tokens, the model's "
+            f"context is {model.config.max_position_embeddings} and max_completion_length {recipe.max_completion_length} "
+            f"leaves {room}: lower max_completion_length or take a model with a longer context"
+        )
+    return fitting, len(every) - len(fitting)
+
+
+def sample_rollouts(
+    sampler: Sampler, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, n: int,
+    temperature: float, seed: int,
+) -> list[Rollout]:  # fmt: skip
+    """n completions of each problem, segmented, judged by the exact checker (`label`, `checker_labels`)."""
+    samples = sampler.sample(
+        [a.prompt_ids for a in asked], n=n, temperature=temperature, max_tokens=recipe.max_completion_length, seed=seed
+    )
+    rollouts = []
+    for a, drawn in zip(asked, samples, strict=True):
+        texts = tokenizer.batch_decode([s.token_ids for s in drawn], skip_special_tokens=True)
+        for k, (s, text) in enumerate(zip(drawn, texts, strict=True)):
+            ends = step_ends(s.token_ids, tokenizer)
+            r = Rollout(a.problem_id, k, a.problem.prompt, a.prompt_ids, text, s.token_ids, s.logps, s.finished)
+            r.step_ends, r.steps = ends, step_texts(s.token_ids, ends, tokenizer)
+            r.label = arithmetic.answer_is_right(a.problem, text)
+            r.checker_labels = [int(x) for x in arithmetic.check_steps(a.problem, r.steps)]
+            rollouts.append(r)
+    return rollouts
+
+
+def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
+    """The rollouts with text in them: a completion that is only the end-of-sequence token has no step to learn from."""
+    return [r for r in rollouts if r.step_ends and r.completion.strip()]
+
+
+def label_steps(rollouts: Sequence[Rollout], prm: PRM, recipe: Recipe) -> None:
+    """Fills step_probs and, from the recipe's label source, step_labels."""
+    for r, probabilities in zip(rollouts, prm.score(rollouts, recipe), strict=True):
+        r.step_probs = probabilities
+        r.step_labels = prm.label(probabilities) if recipe.label_source == "head" else list(r.checker_labels)
+
+
+def sync_difference(recomputed: Sequence[torch.Tensor], rollouts: Sequence[Rollout]) -> float:
+    """The largest |sampled - recomputed| log-prob over all tokens, in nats."""
+    pairs = ((logp, r.logps) for logp, r in zip(recomputed, rollouts, strict=True))
+    return max((float((logp - torch.tensor(sampled)).abs().max()) for logp, sampled in pairs), default=0.0)
+
+
+def check_sync(model: PreTrainedModel, rollouts: Sequence[Rollout], recipe: Recipe) -> tuple[list[torch.Tensor], float]:
+    """The model's own log-probs of what the engine sampled, and their largest difference to the engine's.
+
+    Raises RunError past the tolerance: then the engine samples from other weights than the trainer holds.
+    """
+    recomputed = log_probs(model, rollouts, recipe)
+    difference = sync_difference(recomputed, rollouts)
+    tolerance = recipe.weight_sync_tolerance or (5e-2 if recipe.bf16 else 1e-3)
+    if not difference <= tolerance:
+        raise RunError(
+            f"weight sync failed: the engine's log-probs differ from the trainer's by up to {difference:.2e} nats, "
+            f"tolerance {tolerance:.0e} (weight_sync_tolerance). The engine holds other weights or another precision"
+        )
+    return recomputed, difference

@@ -1,0 +1,105 @@
+"""Packing: completions of any length side by side in one row of tokens, with no padding anywhere.
+
+Only rows that predict a completion token reach the LM head; prompts go through the trunk alone.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .rollout import Rollout
+
+
+@dataclass
+class PackedBatch:
+    """B completions in T trunk tokens, N of them scored, in S steps.
+
+    input_ids, position_ids (1, T) int64 and cu_trunk (B + 1,) int32: the trunk's row; lengths: B ints.
+    rows (N,) int64: which trunk positions predict the scored tokens; target (N,) int64: those tokens.
+    cu_seqlens (B + 1,), cu_steps (S + 1,) int32: boundaries over the N rows. labels (B,) bool; step_labels (S,) int8.
+    ref_logp (N,) fp32: the reference's log-probs in nats (zeros where the rollouts carry none).
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    cu_trunk: Tensor
+    rows: Tensor
+    target: Tensor
+    cu_seqlens: Tensor
+    cu_steps: Tensor
+    labels: Tensor
+    step_labels: Tensor
+    ref_logp: Tensor
+    lengths: list[int]
+
+    @property
+    def model_inputs(self) -> dict:
+        """Keyword arguments of a decoder's forward."""
+        return {
+            "input_ids": self.input_ids, "position_ids": self.position_ids, "use_cache": False,
+            "cu_seq_lens_q": self.cu_trunk, "cu_seq_lens_k": self.cu_trunk, "lengths": self.lengths,
+            "max_length_q": max(self.lengths), "max_length_k": max(self.lengths),
+        }  # fmt: skip
+
+    def to(self, device: torch.device) -> "PackedBatch":
+        """The same batch with its tensors on `device`."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def pack(rollouts: Sequence[Rollout]) -> PackedBatch:
+    """One packed batch of all `rollouts`, in their order. Each needs a prompt token, a completion token and a step.
+
+    Raises ValueError naming the first rollout that lacks one, or whose steps do not partition its completion.
+    """
+    for index, r in enumerate(rollouts):
+        if not r.prompt_ids or not r.completion_ids or not r.step_ends or r.step_ends[-1] != len(r.completion_ids):
+            raise ValueError(
+                f"rollouts[{index}] (problem {r.problem_id}, sample {r.sample}) has {len(r.prompt_ids)} prompt and "
+                f"{len(r.completion_ids)} completion tokens and step ends {r.step_ends}: each completion needs a "
+                "prompt, at least one token, and steps that end with it"
+            )
+    lengths = [len(r) for r in rollouts]
+    starts = [0, *accumulate(lengths)]
+    scored = [0, *accumulate(len(r.completion_ids) for r in rollouts)]
+    int64, int32 = torch.int64, torch.int32
+    return PackedBatch(
+        input_ids=torch.tensor([t for r in rollouts for t in (*r.prompt_ids, *r.completion_ids)], dtype=int64)[None],
+        position_ids=torch.tensor([n for length in lengths for n in range(length)], dtype=int64)[None],
+        cu_trunk=torch.tensor(starts, dtype=int32),
+        # Position p - 1 (the prompt's last) predicts the first completion token; the last token predicts nothing.
+        rows=torch.tensor(
+            [
+                n
+                for start, r in zip(starts, rollouts, strict=False)
+                for n in range(start + len(r.prompt_ids) - 1, start + len(r) - 1)
+            ],
+            dtype=int64,
+        ),
+        target=torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=int64),
+        cu_seqlens=torch.tensor(scored, dtype=int32),
+        cu_steps=torch.tensor([0, *(s + e for s, r in zip(scored, rollouts, strict=False) for e in r.step_ends)], dtype=int32),
+        labels=torch.tensor([r.label for r in rollouts], dtype=torch.bool),
+        step_labels=torch.tensor(
+            [x for r in rollouts for x in (r.step_labels or [-1] * len(r.step_ends))], dtype=torch.int8
+        ),
+        ref_logp=torch.tensor([x for r in rollouts for x in (r.ref_logps or [0.0] * len(r.completion_ids))]),
+        lengths=lengths,
+    )
+
+
+def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> Iterator[list[Rollout]]:
+    """Runs of `rollouts`, in order, of at most `max_tokens` trunk tokens each (a longer completion goes alone)."""
+    run: list[Rollout] = []
+    total = 0
+    for rollout in rollouts:
+        if run and total + len(rollout) > max_tokens:
+            yield run
+            run, total = [], 0
+        run.append(rollout)
+        total += len(rollout)
+    if run:
+        yield run

@@ -1,0 +1,185 @@
+"""The recipe: every setting of a run, its default, and how command line and YAML file set it.
+
+The defaults are the embedded recipe `demo`. Names follow transformers' and TRL's training arguments where those have
+one. `python -m stepkto_fast.train --help` prints them all.
+"""
+
+import difflib
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from transformers import HfArgumentParser
+
+from .errors import RunError
+
+
+def setting(default, help: str):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Recipe:
+    """One run of the loop. Rates are fractions of 1, log-probs and KL are in nats, lengths in tokens."""
+
+    name: str = setting("demo", "name of the recipe, shown in the report")
+    output_dir: str = setting("runs/demo", "run directory")
+    resume: bool = setting(False, "continue the run in output_dir from its newest checkpoint")
+    overwrite: bool = setting(False, "replace a run that is already in output_dir")
+    seed: int = setting(0, "seed of everything: problems, model, sampling, order")
+
+    # problems
+    task: Literal["arithmetic"] = setting("arithmetic", "what the problems are and who checks them")
+    level: Literal["chain", "nested", "words"] = setting("chain", "style of the generated problems")
+    min_operations: int = setting(4, "fewest operations of a generated problem")
+    max_operations: int = setting(6, "most operations of a generated problem")
+    train_file: str | None = setting(None, "JSONL file of training problems instead of generated ones")
+    test_file: str | None = setting(None, "JSONL file of held-out problems instead of generated ones")
+    num_prompts: int = setting(500, "training problems sampled in each iteration (fresh ones each time)")
+    num_test_problems: int = setting(500, "held-out problems of every evaluation")
+
+    # policy
+    model: str | None = setting(None, "model to train: a save_pretrained directory or a hub name; none: build M_0 here")
+    hidden_size: int = setting(128, "hidden size of the built model")
+    num_layers: int = setting(4, "layers of the built model")
+    num_heads: int = setting(4, "attention heads of the built model")
+    context_length: int = setting(256, "longest sequence of the built model, in tokens")
+    warm_start_steps: int = setting(400, "supervised steps that make M_0 of a built model")
+    warm_start_batch_size: int = setting(64, "demonstrations a supervised step")
+    warm_start_learning_rate: float = setting(2e-3, "peak learning rate of the supervised steps")
+    misconceptions: float = setting(0.3, "share of the arithmetic facts that the demonstrations teach wrong")
+    misconception_rate: float = setting(0.6, "how often such a fact is written wrong")
+    slip_rate: float = setting(0.04, "how often any other step is written wrong")
+
+    # rollouts
+    engine: Literal["auto", "vllm", "transformers"] = setting("auto", "who samples; auto: vllm where installed")
+    num_generations: int = setting(8, "completions sampled for each prompt")
+    temperature: float = setting(1.0, "sampling temperature; log-probs are taken at it everywhere")
+    max_completion_length: int = setting(64, "longest completion, in tokens")
+    num_eval_generations: int = setting(8, "completions for each held-out problem, for Maj@k")
+    weight_sync_tolerance: float | None = setting(
+        None, "largest allowed difference of sampled and recomputed log-probs; none: 1e-3 in fp32, 5e-2 in bf16"
+    )
+    vllm_memory: float = setting(0.3, "share of the GPU's memory for vLLM")
+
+    # step labels
+    label_source: Literal["head", "checker"] = setting("head", "who labels the steps of rollouts")
+    prm_trunk: Literal["policy", "initial", "trained"] = setting(
+        "policy",
+        "whose hidden states the PRM head reads: the current policy's (detached, refitted each iteration), M_0's "
+        "(frozen, fitted once), or a copy of the policy's that the head's gradient trains (refitted each iteration)",
+    )
+    prm_seed_problems: int = setting(400, "labelled seed problems that the PRM head is fitted on")
+    prm_seed_generations: int = setting(4, "M_0's completions for each seed problem, labelled by the checker")
+    prm_epochs: int = setting(8, "passes over the seed set for each fit")
+    prm_learning_rate: float = setting(2e-3, "peak learning rate of the head")
+    prm_trunk_learning_rate: float = setting(1e-4, "learning rate of the trunk's copy (prm_trunk: trained)")
+
+    # objective
+    beta: float = setting(0.5, "temperature of the outcome value function")
+    step_beta: float = setting(0.5, "temperature of the step value function")
+    outcome_weight: float = setting(1.0, "weight of the outcome loss")
+    step_weight: float = setting(1.0, "weight of the step loss; 0 is outcome-only KTO")
+    step_reduction: Literal["mean", "sum"] = setting("mean", "over a completion's labelled steps")
+    after_first_error: Literal["keep", "mask"] = setting("keep", "what becomes of steps behind the first wrong one")
+    loss_type: Literal["kto", "apo_zero_unpaired"] = setting("kto", "value function")
+    class_weights: Literal["balanced", "none"] = setting(
+        "balanced", "balanced: right and wrong weigh the same in each iteration, for outcomes and for steps"
+    )
+    reference: Literal["previous", "initial"] = setting("previous", "the model the ratios are against: M_t or M_0")
+    reference_points: Literal["zero", "lagged", "exact", "mismatched"] = setting("zero", "estimator of z and z_s")
+    filter_eps: float | None = setting(None, "share of a token's gradient mass that may be dropped; none: auto")
+
+    # update
+    iterations: int = setting(3, "iterations M_0 -> M_1 -> ...")
+    num_train_epochs: int = setting(1, "passes over an iteration's rollouts")
+    train_batch_size: int = setting(64, "completions an optimizer step")
+    max_tokens_per_micro_batch: int = setting(8192, "trunk tokens of a packed micro-batch")
+    learning_rate: float = setting(2e-4, "peak learning rate")
+    lr_scheduler_type: Literal["linear", "constant", "cosine"] = setting("linear", "schedule within an iteration")
+    warmup_steps: int = setting(4, "warm-up steps of each iteration")
+    weight_decay: float = setting(0.0, "AdamW's weight decay")
+    adam_beta1: float = setting(0.9, "AdamW's beta1")
+    adam_beta2: float = setting(0.95, "AdamW's beta2")
+    max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
+    bf16: bool = setting(False, "run trunk and engine in bf16 (weights and optimizer stay fp32)")
+    device: str | None = setting(None, "cpu or cuda; none: cuda where there is one")
+
+    # records
+    save_steps: int = setting(25, "optimizer steps between checkpoints within an iteration")
+    logging_steps: int = setting(1, "optimizer steps between log lines")
+    report_to: Literal["tensorboard", "wandb", "none"] = setting("tensorboard", "where scalars go besides metrics.jsonl")
+
+    def __post_init__(self) -> None:
+        positive = (
+            "num_prompts num_test_problems num_generations num_eval_generations max_completion_length iterations "
+            "num_train_epochs train_batch_size max_tokens_per_micro_batch save_steps logging_steps prm_epochs "
+            "prm_seed_generations hidden_size num_layers num_heads min_operations"
+        )
+        for key in positive.split():
+            if getattr(self, key) < 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
+        if self.prm_seed_problems < 10:
+            raise RunError(f"prm_seed_problems is {self.prm_seed_problems}: calibration needs at least 10")
+        if not 0 < self.temperature:
+            raise RunError(f"temperature is {self.temperature}: rollouts need a positive one")
+        if self.max_operations < self.min_operations:
+            raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
+        if self.loss_type == "apo_zero_unpaired" and self.reference_points != "zero":
+            raise RunError("loss_type apo_zero_unpaired has no reference point: set reference_points to zero")
+        if self.reference_points == "mismatched" and self.train_batch_size <= self.num_generations:
+            raise RunError(
+                f"reference_points mismatched needs completions of several prompts in a batch: raise train_batch_size "
+                f"({self.train_batch_size}) well above num_generations ({self.num_generations})"
+            )
+
+
+def parse_recipe(argv: list[str]) -> Recipe:
+    """`[recipe.yaml] [--key value ...]`, the command line over the file over the defaults.
+
+    Raises RunError naming the file and key of anything unknown; prints usage and exits for `--help`.
+    """
+    file_arguments: list[str] = []
+    if argv and not argv[0].startswith("-"):
+        file_arguments, argv = _read_yaml(Path(argv[0])), argv[1:]
+    known = {f.name for f in fields(Recipe)}
+    for word in argv:
+        if word.startswith("--") and (key := word[2:].split("=")[0].replace("-", "_")) not in {*known, "help"}:
+            if key.startswith("no_") and key[3:] in known:
+                continue
+            raise RunError(f"unknown option --{key}{_suggestion(key)}")
+    parser = HfArgumentParser(Recipe, prog="python -m stepkto_fast.train", usage="%(prog)s [recipe.yaml] [--key value ...]")
+    (recipe,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
+    return recipe
+
+
+def _read_yaml(path: Path) -> list[str]:
+    """The settings of a recipe file as command-line words, so that both go through one parser."""
+    if not path.is_file():
+        raise RunError(f"recipe file {str(path)!r} does not exist")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"recipe file {path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise RunError(f"recipe file {path} holds a {type(content).__name__}: write one 'key: value' a line")
+    words: list[str] = []
+    for key, value in content.items():
+        if key not in {f.name for f in fields(Recipe)}:
+            raise RunError(f"{path}: unknown key {key!r}{_suggestion(str(key))}")
+        if isinstance(value, (dict, list)):
+            raise RunError(f"{path}: key {key!r} holds a {type(value).__name__}, expected one value")
+        if value is not None:
+            words += [f"--{key}", str(value)]
+    return words
+
+
+def _suggestion(key: str) -> str:
+    close = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1)
+    return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"
+
+
+def write_recipe(recipe: Recipe, path: Path) -> None:
+    """Writes the resolved settings as YAML that `parse_recipe` reads back."""
+    path.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,0 +1,84 @@
+"""A rollout: one sampled completion with everything the update, the report and a reader may ask of it.
+
+Rollouts are stored as one parquet file an iteration; reading one back gives the same numbers to the last bit.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from .errors import RunError
+
+UNLABELLED = -1
+
+
+@dataclass
+class Rollout:
+    """One completion. Token lists are in token order; `step_*` lists have one entry a step.
+
+    step_ends: token counts at which the steps end (a partition of completion_ids).
+    label: outcome. step_labels: what training sees (1, 0, -1 unlabelled); checker_labels: what the exact checker
+    says, for audits only (unless it is the label source). step_probs: the PRM head's probability of "right".
+    logps: the sampler's log-probs of the tokens, ref_logps: the trainer's, of the reference, in nats.
+    """
+
+    problem_id: int
+    sample: int
+    prompt: str
+    prompt_ids: list[int]
+    completion: str
+    completion_ids: list[int]
+    logps: list[float]
+    finished: bool
+    steps: list[str] = field(default_factory=list)
+    step_ends: list[int] = field(default_factory=list)
+    label: bool = False
+    step_labels: list[int] = field(default_factory=list)
+    step_probs: list[float] = field(default_factory=list)
+    checker_labels: list[int] = field(default_factory=list)
+    ref_logps: list[float] = field(default_factory=list)
+
+    def __len__(self) -> int:
+        """Tokens that go through the trunk: prompt and completion."""
+        return len(self.prompt_ids) + len(self.completion_ids)
+
+
+_TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
+_SCHEMA = pa.schema(
+    {
+        "problem_id": pa.int64(), "sample": pa.int32(), "prompt": pa.string(), "prompt_ids": _INTS,
+        "completion": pa.string(), "completion_ids": _INTS, "logps": _FLOATS, "finished": pa.bool_(),
+        "steps": _TEXTS, "step_ends": _INTS, "label": pa.bool_(), "step_labels": pa.list_(pa.int8()),
+        "step_probs": _FLOATS, "checker_labels": pa.list_(pa.int8()), "ref_logps": _FLOATS,
+    }
+)  # fmt: skip
+assert _SCHEMA.names == [f.name for f in fields(Rollout)]
+
+
+def write_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
+    """Writes `rollouts` to a parquet file, whole or not at all."""
+    write_table(pa.Table.from_pylist([asdict(r) for r in rollouts], schema=_SCHEMA), path)
+
+
+def write_table(table: pa.Table, path: Path) -> None:
+    """Writes a parquet file, whole or not at all: to a temporary name first, renamed once it is on the disk."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    with open(unfinished, "wb") as file:
+        pq.write_table(table, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def read_rollouts(path: Path) -> list[Rollout]:
+    """The rollouts of a file written by `write_rollouts`; RunError when it cannot be read."""
+    try:
+        table = pq.read_table(path, schema=_SCHEMA)
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"cannot read the rollouts in {path}: {error}; delete the file to sample them again") from error
+    return [Rollout(**row) for row in table.to_pylist()]

@@ -1,0 +1,64 @@
+"""Rollouts by transformers' generate, where vLLM is not installed: slower, the same interface."""
+
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .attention import NAME
+from .sampler import Sample
+
+BATCH = 512  # rows generated together
+
+
+class TransformersSampler:
+    """Samples from the trainer's own model object, so there is nothing to hand over."""
+
+    name = "transformers"
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase):
+        self._model, self._eos = model, tokenizer.eos_token_id
+        self._pad = self._eos if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Keeps the model to sample from."""
+        self._model = model
+
+    @torch.no_grad()
+    def sample(
+        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seed: int
+    ) -> list[list[Sample]]:
+        rows = [prompt for prompt in prompts for _ in range(n)]
+        samples: list[Sample] = []
+        self._model.set_attn_implementation("sdpa")
+        try:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                torch.manual_seed(seed)
+                for start in range(0, len(rows), BATCH):
+                    samples += self._generate(rows[start : start + BATCH], temperature, max_tokens)
+        finally:
+            self._model.set_attn_implementation(NAME)
+        return [samples[k : k + n] for k in range(0, len(samples), n)]
+
+    def _generate(self, rows: list[list[int]], temperature: float, max_tokens: int) -> list[Sample]:
+        width = max(len(row) for row in rows)
+        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows])
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        output = self._model.generate(
+            input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), max_new_tokens=max_tokens,
+            eos_token_id=self._eos, pad_token_id=self._pad, return_dict_in_generate=True, output_scores=bool(temperature),
+            **sampling,
+        )  # fmt: skip
+        tokens = output.sequences[:, width:].cpu()
+        logps = None
+        if temperature:
+            scores = torch.stack(output.scores, dim=1).float().log_softmax(-1)
+            logps = scores.gather(-1, output.sequences[:, width:, None])[..., 0].cpu()
+        samples = []
+        for k, row in enumerate(tokens.tolist()):
+            length = row.index(self._eos) + 1 if self._eos in row else len(row)
+            samples.append(
+                Sample(row[:length], [] if logps is None else logps[k, :length].tolist(), finished=self._eos in row)
+            )
+        return samples

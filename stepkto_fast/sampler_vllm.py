@@ -1,0 +1,76 @@
+"""Rollouts by vLLM in this process: weights are handed over in memory, log-probs come back with the tokens."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from .recipe import Recipe
+from .sampler import Sample
+
+# Read when vllm is imported: one process (so that weights can be handed over), no network, no chatter.
+for _name, _value in {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+import vllm  # noqa: E402  (the variables above must be set first)
+
+
+class VLLMSampler:
+    """A vLLM engine inside the trainer's process."""
+
+    name = "vllm"
+
+    def __init__(self, recipe: Recipe, directory: str, eos_token_id: int):
+        """Starts the engine on the model in `directory` (any weights: `sync` brings the real ones)."""
+        threads = torch.get_num_threads()
+        self._eos = eos_token_id
+        self._llm = vllm.LLM(
+            model=directory,
+            dtype="bfloat16" if recipe.bf16 else "float32",
+            seed=recipe.seed,
+            skip_tokenizer_init=True,
+            trust_remote_code=False,
+            enforce_eager=True,
+            enable_prefix_caching=False,  # with it, a sample's last bits would depend on what was sampled before
+            logprobs_mode="processed_logprobs",
+            gpu_memory_utilization=recipe.vllm_memory,
+            disable_log_stats=True,
+        )
+        torch.set_num_threads(threads)
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Hands the policy's weights to the engine, in memory."""
+        named = [(name, tensor.detach()) for name, tensor in model.state_dict().items()]
+        with open(os.devnull, "w") as quiet, contextlib.redirect_stderr(quiet):
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named)})
+        self._llm.reset_prefix_cache()
+
+    def sample(
+        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seed: int
+    ) -> list[list[Sample]]:
+        parameters = vllm.SamplingParams(
+            n=n, temperature=temperature, max_tokens=max_tokens, detokenize=False,
+            stop_token_ids=[self._eos], logprobs=None if temperature == 0 else 0,
+        )  # fmt: skip
+        # In one process vLLM draws from torch's global generator; a generator for each request would be far slower.
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(seed)
+            outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+        return [
+            [
+                Sample(
+                    token_ids=list(c.token_ids),
+                    logps=[entry[t].logprob for t, entry in zip(c.token_ids, c.logprobs or [], strict=False)],
+                    finished=c.finish_reason == "stop",
+                )
+                for c in output.outputs
+            ]
+            for output in outputs
+        ]

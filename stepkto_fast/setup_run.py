@@ -1,0 +1,100 @@
+"""What a run starts from: problems, the policy M_0 and its progress, fresh or from the newest checkpoint."""
+
+import random
+import zlib
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .errors import RunError
+from .policy import build_policy, build_tokenizer, load_policy
+from .recipe import Recipe
+from .recorder import Recorder
+from .run_directory import Progress, RunDirectory
+from .tasks import arithmetic
+from .warm_start import demonstrations, fine_tune
+
+
+def derived_seed(recipe: Recipe, *purpose: object) -> int:
+    """A seed for one purpose: the same in a resumed run, another for every purpose."""
+    return zlib.crc32(repr((recipe.seed, *purpose)).encode())
+
+
+@dataclass(frozen=True)
+class Problems:
+    """The problems of a run: fresh training problems for each iteration, none of them among the held-out ones."""
+
+    test: list[arithmetic.Problem]
+    seed: list[arithmetic.Problem]
+    train: list[list[arithmetic.Problem]]
+    complaints: list[str]
+
+
+def load_problems(recipe: Recipe) -> Problems:
+    """Generated problems, or those of the recipe's files; training problems that are held out are left out."""
+    operations = range(recipe.min_operations, recipe.max_operations + 1)
+    complaints: list[str] = []
+    if recipe.test_file:
+        test, complaints = arithmetic.read_problems(recipe.test_file)
+    else:
+        # The held-out problems do not depend on the seed, so that runs can be compared on them.
+        test = arithmetic.problems(recipe.num_test_problems, "test", recipe.level, operations)
+    held_out = frozenset(p.prompt for p in test)
+    if recipe.train_file:
+        pool, more = arithmetic.read_problems(recipe.train_file)
+        complaints += more
+        pool = list({p.prompt: p for p in pool if p.prompt not in held_out}.values())
+        if len(pool) < 2:
+            raise RunError(f"{recipe.train_file!r} has {len(pool)} problems that are not held out: at least 2 are needed")
+        rng = random.Random(f"train_file {recipe.seed}")
+        seed = rng.sample(pool, min(recipe.prm_seed_problems, len(pool)))
+        train = [rng.sample(pool, min(recipe.num_prompts, len(pool))) for _ in range(recipe.iterations)]
+    else:
+        count = recipe.prm_seed_problems + recipe.iterations * recipe.num_prompts
+        pool = arithmetic.problems(count, f"train {recipe.seed}", recipe.level, operations, exclude=held_out)
+        seed, rest = pool[: recipe.prm_seed_problems], pool[recipe.prm_seed_problems :]
+        train = [rest[t * recipe.num_prompts : (t + 1) * recipe.num_prompts] for t in range(recipe.iterations)]
+    return Problems(test, seed, train, complaints)
+
+
+def make_initial_policy(
+    recipe: Recipe, problems: Problems, recorder: Recorder
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """M_0: the recipe's model, or a small Llama fine-tuned on demonstrations of which some steps are wrong."""
+    if recipe.model is not None:
+        return load_policy(recipe.model)
+    operations = range(recipe.min_operations, recipe.max_operations + 1)
+    held_out = frozenset(p.prompt for p in problems.test)
+    count = min(recipe.warm_start_steps * recipe.warm_start_batch_size, 20_000)
+    asked = arithmetic.problems(count, f"demonstrations {recipe.seed}", recipe.level, operations, held_out)
+    teacher = arithmetic.Misconceptions.draw(
+        str(recipe.seed), recipe.misconceptions, recipe.misconception_rate, recipe.slip_rate
+    )
+    texts = [p.prompt + arithmetic.demonstration(random.Random(0), p) for p in [*asked, *problems.test]]
+    tokenizer = build_tokenizer(texts)
+    model = build_policy(
+        tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
+        max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
+    )  # fmt: skip
+    with recorder.bar("warm_start", "warm start", recipe.warm_start_steps) as advance:
+        fine_tune(
+            model, demonstrations(asked, teacher, tokenizer, str(recipe.seed)), steps=recipe.warm_start_steps,
+            batch_size=recipe.warm_start_batch_size, learning_rate=recipe.warm_start_learning_rate,
+            seed=str(recipe.seed), on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+        )  # fmt: skip
+    return model, tokenizer
+
+
+def device_of(recipe: Recipe) -> torch.device:
+    """The recipe's device; RunError when it is not there."""
+    name = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise RunError(f"device {name!r} is not available: this torch sees no GPU; use --device cpu")
+    return torch.device(name)
+
+
+def resume_point(run: RunDirectory, recipe: Recipe) -> Progress | None:
+    """The progress to go on from, or None for a fresh start (also when a run died before its first checkpoint)."""
+    newest = run.newest_checkpoint() if recipe.resume else None
+    return run.load_progress(newest) if newest else None

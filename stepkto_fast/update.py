@@ -1,0 +1,121 @@
+"""The update M_t -> M_{t+1}: Step-KTO over one iteration's rollouts."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from transformers import PreTrainedModel, get_scheduler
+
+from .errors import RunError
+from .objective import BatchResult, accumulate_gradients, class_weights, estimate_points
+from .recipe import Recipe
+from .recorder import Recorder
+from .rollout import Rollout, write_rollouts
+from .run_directory import Progress, RunDirectory, restore_optimizer
+
+
+def update(
+    policy: PreTrainedModel,
+    reference: PreTrainedModel | None,
+    rollouts: Sequence[Rollout],
+    recipe: Recipe,
+    run: RunDirectory,
+    progress: Progress,
+    recorder: Recorder,
+    optimizer_state: dict[str, torch.Tensor] | None = None,
+) -> None:
+    """Trains `policy` in place from step `progress.step` to the end of the iteration, saving as it goes.
+
+    `reference` is needed by the estimators `exact` and `mismatched` only. The order of the batches depends on the
+    seed and the iteration alone. A loss or gradient that is not finite stops the run before the optimizer moves:
+    RunError, with the batch saved beside the checkpoints.
+    """
+    batches = batch_order(rollouts, recipe, progress.iteration)
+    weights = class_weights(rollouts, recipe)
+    optimizer = torch.optim.AdamW(
+        policy.parameters(), lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2),
+        weight_decay=recipe.weight_decay,
+    )  # fmt: skip
+    schedule = get_scheduler(
+        recipe.lr_scheduler_type, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=len(batches)
+    )
+    if optimizer_state is not None:
+        restore_optimizer(optimizer, optimizer_state)
+    for _ in range(progress.step):
+        schedule.step()
+    policy.train()
+    with recorder.bar("update", f"update M_{progress.iteration}", len(batches)) as advance:
+        for batch in batches[progress.step :]:
+            seed = recipe.seed * 1_000_003 + progress.global_step
+            points = estimate_points(policy, reference, batch, recipe, progress.lagged, seed)
+            result = accumulate_gradients(policy, batch, recipe, weights, points)
+            norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.max_grad_norm))
+            if not (math.isfinite(result.loss) and math.isfinite(norm)):
+                _stop_on_nonfinite(result, norm, batch, run, progress)
+            rate = schedule.get_last_lr()[0]
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.lagged.update(float(result.log_ratios.mean()), float(result.step_log_ratios.mean()))
+            progress.step += 1
+            progress.global_step += 1
+            progress.tokens["train"] = progress.tokens.get("train", 0) + sum(len(r) for r in batch)
+            if progress.step % recipe.logging_steps == 0:
+                recorder.scalars(_metrics(result, batch, recipe, points, norm, rate))
+            if progress.step % recipe.save_steps == 0 and progress.step < len(batches):
+                run.save_step(policy, optimizer, progress)
+            advance(progress.step, f"loss {result.loss:.3f}")
+    policy.eval()
+
+
+def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> list[list[Rollout]]:
+    """The optimizer batches of an iteration, shuffled anew in each epoch; the last of an epoch may be smaller."""
+    rng = random.Random(f"batch_order {recipe.seed} {iteration}")
+    batches = []
+    for _ in range(recipe.num_train_epochs):
+        order = rng.sample(list(rollouts), len(rollouts))
+        batches += [order[k : k + recipe.train_batch_size] for k in range(0, len(order), recipe.train_batch_size)]
+    return batches
+
+
+def _stop_on_nonfinite(result: BatchResult, norm: float, batch: list[Rollout], run: RunDirectory, progress: Progress) -> None:
+    bad = [
+        f"problem {r.problem_id} sample {r.sample}"
+        for r, ratio in zip(batch, result.log_ratios.tolist(), strict=True)
+        if not math.isfinite(ratio)
+    ]
+    path = run.path / f"nonfinite_iteration_{progress.iteration}_step_{progress.step}.parquet"
+    write_rollouts(batch, path)
+    raise RunError(
+        f"loss {result.loss} and gradient norm {norm} in iteration {progress.iteration}, step {progress.step}: stopped "
+        f"before the optimizer moved. Log-ratios that are not finite: {', '.join(bad) or 'none'}. The batch is in "
+        f"{path}; lower learning_rate, then continue from the last checkpoint or start anew"
+    )
+
+
+def _metrics(
+    result: BatchResult, batch: list[Rollout], recipe: Recipe, points: tuple[float, float], norm: float, rate: float
+) -> dict:
+    """TRL's names, with `step_` twins. Rewards are beta times the log-ratio; kl is the unclamped reference point."""
+    right = torch.tensor([r.label for r in batch])
+    steps = torch.tensor([x for r in batch for x in r.step_labels])
+    metrics: dict[str, float] = {
+        "loss": result.loss, "loss/outcome": result.outcome_loss, "loss/step": result.step_loss,
+        "kl": points[0], "step_kl": points[1], "grad_norm": norm, "learning_rate": rate,
+        "num_tokens": sum(len(r) for r in batch),
+    }  # fmt: skip
+    # The micro-batches pack in batch order, so the results line up with it.
+    for prefix, ratios, chosen, rejected, beta in (
+        ("", result.log_ratios, right, ~right, recipe.beta),
+        ("step_", result.step_log_ratios, steps == 1, steps == 0, recipe.step_beta),
+    ):
+        for name, mask in (("chosen", chosen), ("rejected", rejected)):
+            if mask.any():
+                metrics[f"{prefix}rewards/{name}"] = beta * float(ratios[mask].mean())
+        if chosen.any() and rejected.any():
+            metrics[f"{prefix}rewards/margins"] = metrics[f"{prefix}rewards/chosen"] - metrics[f"{prefix}rewards/rejected"]
+    for name, mask in (("chosen", right), ("rejected", ~right)):
+        if mask.any():
+            metrics[f"logps/{name}"] = float(result.sequence_logps[mask].mean())
+    return metrics
