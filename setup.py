@@ -1,8 +1,8 @@
 """Packages and the optional C++ extension; everything else is in pyproject.toml.
 
-`stepkto_kernels` lives in kernels/torch-ext, where a Kernel Hub project keeps its package, and is imported from the
-top level. Without torch, a compiler or CMake at build time the install succeeds without the C++ kernels, and
-`python -m stepkto_kernels` says what is missing.
+`stepkto_kernels` lives in kernels/torch-ext, where a Kernel Hub project keeps its package, and is imported
+from the top level. Without torch, a compiler or CMake at build time the install succeeds without the C++
+kernels, and `python -m stepkto_kernels` says what is missing.
 """
 
 import shutil
@@ -19,7 +19,7 @@ LIBRARY = "libstepkto_native.so"
 
 
 class CMakeBuild(build_ext):
-    """Builds the one shared library with CMake and puts it inside the package; torch loads it, Python does not."""
+    """Builds the one shared library with CMake, into the package; torch loads it, Python does not."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1], LIBRARY))
@@ -28,10 +28,8 @@ class CMakeBuild(build_ext):
         try:
             self.cmake(Path(self.get_ext_fullpath(ext.name)).resolve())
         except (ImportError, OSError, subprocess.CalledProcessError) as error:
-            print(
-                f"warning: C++ kernels not built ({type(error).__name__}: {error}); the others work without them",
-                file=sys.stderr,
-            )
+            reason = f"{type(error).__name__}: {error}"
+            print(f"warning: C++ kernels not built ({reason}); the others work without them", file=sys.stderr)
 
     def cmake(self, library: Path) -> None:
         import torch

@@ -83,6 +83,7 @@ def packing_values(tokens: int, cu_seqlens: Tensor, cu_steps: Tensor) -> None:
             )
         if int(cu[-1]) != tokens:
             raise ValueError(f"{where} ends at {int(cu[-1])}; expected the number of tokens, N={tokens}")
+    cu_steps, cu_seqlens = cu_steps.contiguous(), cu_seqlens.contiguous()  # else searchsorted warns
     nearest = cu_steps[torch.searchsorted(cu_steps, cu_seqlens).clamp(max=len(cu_steps) - 1)]
     if (nearest != cu_seqlens).any():
         i = int((nearest != cu_seqlens).nonzero()[0])

@@ -39,7 +39,7 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
         checks.same_device(names[2], bias, names[0], hidden)
     checks.same_device(names[1], weight, names[0], hidden)
     checks.tensor("target", target, (torch.int64,), ("N", hidden.shape[0]))
-    checks.same_device("target", target, names[0], hidden)
+    checks.same_device(names[0], hidden, "target", target)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
         dtype = torch.get_autocast_dtype(device_type)

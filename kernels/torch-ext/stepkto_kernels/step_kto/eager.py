@@ -31,7 +31,8 @@ def value_terms(
 ) -> tuple[Tensor, Tensor]:
     """(lam - v, its derivative in r), where v = lam * sigmoid(x) and so lam - v = lam * sigmoid(-x)."""
     sign = desirable.to(r.dtype) * 2 - 1
-    lam = torch.where(desirable, desirable_weight, undesirable_weight).to(r.dtype)
+    # not where(desirable, float, float): that would round the weights to fp32
+    lam = torch.where(desirable, r.new_full((), desirable_weight), r.new_full((), undesirable_weight))
     x = beta * sign * (r - z)
     term = lam * torch.sigmoid(-x)
     return term, -beta * sign * term * torch.sigmoid(x)
@@ -62,12 +63,14 @@ def step_kto_forward(
     """(loss, outcome_loss, step_loss, r_B, r_S, dL/dlogp_N); the inputs are of the compute dtype."""
     dtype, double = logp_N.dtype, torch.float64
     completions, steps, tokens = len(labels_B), len(step_labels_S), len(logp_N)
-    cu_seqsteps = torch.searchsorted(cu_steps, cu_seqlens)  # sequence boundaries, counted in steps
+    cu_seqsteps = torch.searchsorted(
+        cu_steps.contiguous(), cu_seqlens.contiguous()
+    )  # sequence boundaries, counted in steps
     r_S = segment_sum((logp_N - ref_logp_N).to(double), cu_steps)
     r_B = segment_sum(r_S, cu_seqsteps)
 
     outcome_B, slope_B = value_terms(r_B, labels_B, beta, kl.to(double), desirable_weight, undesirable_weight)
-    per_completion = inverse(r_B.new_tensor(completions) if num_completions is None else num_completions)
+    per_completion = inverse(r_B.new_full((), completions) if num_completions is None else num_completions)
 
     labelled_S = step_labels_S != -1
     if after_first_error == "mask":

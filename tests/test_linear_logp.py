@@ -1,0 +1,386 @@
+"""linear_logp and linear_logp_entropy against the fp64 truth."""
+
+import pytest
+import torch
+from stepkto_kernels import linear_logp, linear_logp_entropy
+from stepkto_kernels.linear_logp import eager
+from stepkto_kernels.linear_logp import reference as truth
+from stepkto_kernels.linear_logp.op import (
+    linear_logp_backward,
+    linear_logp_entropy_forward,
+    linear_logp_forward,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [(1, 1, 1), (5, 3, 1), (1, 8, 7), (13, 16, 50), (64, 33, 1000), (9, 5, 8200)]  # (N, D, V)
+EVERYTHING = {"logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3}
+HEADS = {
+    "plain": {},
+    "scale": {"logit_scale": 2.5},
+    "softcap": {"softcap": 3.0},
+    "temperature": {"temperature": 0.6},
+    "everything": EVERYTHING,
+}
+
+
+def inputs(shape, dtype, seed=0, bias=True):
+    n, d, v = shape
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, d, generator=generator).to(dtype)
+    weight = torch.randn(v, d, generator=generator).mul(2 / d**0.5).to(dtype)
+    bias_V = torch.randn(v, generator=generator).to(dtype) if bias else None
+    target = torch.randint(0, v, (n,), generator=generator)
+    if n > 3:
+        target[[0, n // 2]] = -100
+    return hidden, weight, target, bias_V
+
+
+def assert_within_budget(ours, exact, plain, largest_logit=1.0, rounded_to=None):
+    """|ours - fp64 truth| <= 4 * (largest error of plain fp32 torch) + floor (+ one rounding to 16 bits).
+
+    Ours sums the same fp32 products in another order, so its errors are of the same size but not the same
+    numbers: the maximum of a few thousand of them varies by less than 4. The floor: the backward rebuilds
+    p = exp(z - lse) from a saved fp32 lse, whose rounding (half an ulp of the largest logit) moves every p of
+    a row by that share; plain torch keeps z - max, which is exact where it matters.
+    """
+    error = (ours.double() - exact).abs()
+    largest = exact.abs().max().clamp(min=1) if exact.numel() else torch.tensor(1.0)
+    allowed = 2 * torch.finfo(torch.float32).eps * (1 + largest_logit) * largest
+    if exact.numel():
+        allowed = allowed + 4 * (plain.double() - exact).abs().max()
+    if rounded_to is not None:
+        allowed = (
+            allowed + exact.abs() * torch.finfo(rounded_to).eps + torch.finfo(rounded_to).smallest_normal
+        )
+    assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {torch.as_tensor(allowed).max():.3g}"
+
+
+@pytest.fixture(params=["one tile", "many tiles"])
+def tiles(request, monkeypatch):
+    if request.param == "many tiles":
+        monkeypatch.setattr(eager, "TILE_V", 16)
+        monkeypatch.setattr(eager, "TILE_ELEMENTS", 64)  # blocks of 4 rows
+    return request.param
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_and_gradients_match_the_truth(dtype, shape, head, tiles):
+    if tiles == "many tiles":
+        shape = (
+            min(shape[0], 11),
+            shape[1],
+            min(shape[2], 85),
+        )  # 3 blocks of rows, 6 tiles: enough to go wrong
+    *operands, target, bias = inputs(shape, dtype, bias=head is not HEADS["plain"])
+    operands = [x for x in (*operands, bias) if x is not None]
+    cotangents = torch.randn(2, shape[0], generator=torch.Generator().manual_seed(1))
+    cotangents[:, -1] = 0 if shape[0] > 1 else 1  # a row that nothing flows into
+
+    def run(function, as_dtype):
+        leaves = [x.to(as_dtype).requires_grad_() for x in operands]
+        keywords = dict(head, bias=leaves[2]) if bias is not None else head
+        logp, entropy = function(leaves[0], leaves[1], target, **keywords)
+        total = (logp * cotangents[0].to(logp)).sum() + (entropy * cotangents[1].to(logp)).sum()
+        return logp.detach(), entropy.detach(), *torch.autograd.grad(total, leaves)
+
+    ours = run(linear_logp_entropy, dtype)
+    exact, plain = (
+        run(truth.linear_logp_entropy, torch.float64),
+        run(truth.linear_logp_entropy, torch.float32),
+    )
+    logits = truth.logits(operands[0].double(), operands[1].double(), bias, **head)
+    largest_logit = logits.abs().max().item()
+    assert ours[0].dtype == ours[1].dtype == torch.float32
+    assert (ours[0] <= 0).all()
+    assert (ours[1] >= 0).all()
+    for i, values in enumerate(zip(ours, exact, plain, strict=True)):
+        assert_within_budget(
+            *values, largest_logit, rounded_to=dtype if i >= 2 and dtype != torch.float32 else None
+        )
+    for leaf, gradient in zip(operands, ours[2:], strict=True):
+        assert gradient.dtype == dtype
+        assert gradient.shape == leaf.shape
+
+    logp_only = linear_logp(operands[0], operands[1], target, **head, bias=bias)
+    assert_within_budget(logp_only, exact[0], plain[0], largest_logit)
+
+
+def test_fp64_in_fp64_out():
+    hidden, weight, target, bias = inputs((13, 16, 50), torch.float64)
+    logp, entropy = linear_logp_entropy(hidden, weight, target, bias=bias, **EVERYTHING)
+    exact = truth.linear_logp_entropy(hidden, weight, target, bias=bias, **EVERYTHING)
+    assert logp.dtype == torch.float64
+    torch.testing.assert_close((logp, entropy), exact, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)
+def test_gradcheck(head, tiles):
+    hidden, weight, target, bias = inputs((5, 3, 19), torch.float64)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logp(h, w, target, bias=b, **head), leaves)
+    assert torch.autograd.gradcheck(lambda h, w, b: linear_logp_entropy(h, w, target, bias=b, **head), leaves)
+
+
+def test_confident_tokens_never_exceed_probability_one_and_huge_logits_stay_finite():
+    hidden = torch.full((50, 1), 100.0)
+    weight = torch.linspace(-90, 90, 200)[:, None]
+    target = torch.full((50,), 199)
+    logp, entropy = linear_logp_entropy(hidden.requires_grad_(), weight, target)
+    assert (logp == 0).all()
+    assert torch.isfinite(entropy).all()
+    (logp.sum() + entropy.sum()).backward()
+    assert torch.isfinite(hidden.grad).all()
+    assert linear_logp(hidden, weight, torch.zeros_like(target)).eq(-18000).all()
+
+
+def test_ignored_rows_are_exactly_zero_and_leak_nothing():
+    hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
+    ignored = target == -100
+    poisoned = hidden.clone()
+    poisoned[ignored] = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(2)
+    results = []
+    for h in (hidden, poisoned):
+        h, w = h.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, entropy = linear_logp_entropy(h, w, target)
+        (logp.sum() + 0.3 * entropy.sum()).backward()
+        results.append((logp.detach(), entropy.detach(), h.grad, w.grad))
+    for clean, dirty in zip(*results, strict=True):
+        assert torch.equal(clean, dirty)
+    assert results[0][0][ignored].eq(0).all()
+    assert results[0][1][ignored].eq(0).all()
+    assert results[0][2][ignored].eq(0).all()
+
+
+@pytest.mark.parametrize("rows", [0, 4], ids=["no rows", "all ignored"])
+def test_nothing_to_score_still_has_a_graph(rows):
+    hidden, weight = torch.randn(rows, 5, requires_grad=True), torch.randn(7, 5, requires_grad=True)
+    logp, entropy = linear_logp_entropy(hidden, weight, torch.full((rows,), -100))
+    assert logp.tolist() == entropy.tolist() == [0.0] * rows
+    (logp.sum() + entropy.sum()).backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+    assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def test_another_ignore_index():
+    hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
+    everywhere = linear_logp(hidden, weight, target.clamp(min=0))
+    target = target.clamp(min=0)
+    logp = linear_logp(hidden, weight, target, ignore_index=int(target[1]))
+    assert torch.equal(logp, torch.where(target == target[1], 0, everywhere))
+
+
+def test_non_contiguous_inputs():
+    hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
+    strided = (
+        hidden.T.contiguous().T,
+        torch.stack([weight, -weight], 1)[:, 0],
+        torch.stack([target, target], 1)[:, 1],
+    )
+    assert not any(x.is_contiguous() for x in strided)
+    h, w = (x.detach().requires_grad_() for x in strided[:2])
+    linear_logp(h, w, strided[2]).sum().backward()
+    hidden.requires_grad_()
+    weight.requires_grad_()
+    linear_logp(hidden, weight, target).sum().backward()
+    torch.testing.assert_close((h.grad, w.grad), (hidden.grad, weight.grad))
+
+
+def test_bitwise_reproducible():
+    hidden, weight, target, bias = inputs((300, 40, 9000), torch.bfloat16)
+    results = []
+    for _ in range(3):
+        leaves = [x.clone().requires_grad_() for x in (hidden, weight, bias)]
+        logp, entropy = linear_logp_entropy(leaves[0], leaves[1], target, bias=leaves[2])
+        results.append((logp, entropy, *torch.autograd.grad(logp.sum() + entropy.sum(), leaves)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("needs", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (0, 0, 0)], ids=str)
+def test_gradients_that_nobody_needs_cost_no_gemm(needs):
+    operands = inputs((8, 4, 12), torch.float32)
+    target = operands[2]
+    leaves = [
+        x.requires_grad_(bool(n)) for x, n in zip((operands[0], operands[1], operands[3]), needs, strict=True)
+    ]
+
+    def gemms(function):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            result = function()
+        counted = [
+            e for e in profile.events() if e.name in ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm")
+        ]
+        return result, len(counted)
+
+    logp, forward = gemms(lambda: linear_logp(leaves[0], leaves[1], target, bias=leaves[2]))
+    assert forward == 1
+    assert logp.requires_grad == any(needs)
+    if any(needs):
+        _, backward = gemms(lambda: logp.sum().backward())
+        assert backward == 1 + needs[0] + needs[1]  # the logits again, then one for each large gradient
+    for leaf, need in zip(leaves, needs, strict=True):
+        assert (leaf.grad is not None) == bool(need)
+
+
+class LargestResult(TorchDispatchMode):
+    """The number of elements of the largest tensor that any call produced."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return result
+
+
+def test_logits_are_held_in_bounded_blocks_only(monkeypatch):
+    monkeypatch.setattr(eager, "TILE_V", 64)
+    monkeypatch.setattr(eager, "TILE_ELEMENTS", 2048)
+    hidden, weight, target, _ = inputs((100, 3, 200), torch.bfloat16, bias=False)
+    bound = max(2048, hidden.numel(), weight.numel())
+    head = (None, 1.0, None, 1.0, -100)
+    with LargestResult() as forward:
+        logp, lse = eager.linear_logp_forward(hidden, weight, target, *head)
+    with LargestResult() as backward:
+        eager.linear_logp_backward(
+            torch.ones_like(logp), hidden, weight, target, lse, *head, 0.0, True, True, False
+        )
+    assert 0 < forward.elements <= bound
+    assert 0 < backward.elements <= bound
+
+
+def test_no_uninitialised_memory_is_read():
+    hidden, weight, target, bias = inputs((13, 16, 50), torch.bfloat16)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
+    try:
+        assert torch.empty(3).isnan().all()
+        logp, entropy = linear_logp_entropy(leaves[0], leaves[1], target, bias=leaves[2])
+        gradients = torch.autograd.grad(logp.sum() + entropy.sum(), leaves)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(torch.isfinite(x).all() for x in (logp, entropy, *gradients))
+
+
+def test_under_autocast_operands_are_cast_as_linear_does_and_nothing_else_is_rounded():
+    hidden, weight, target, bias = inputs((13, 16, 50), torch.float32)
+    leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logp = linear_logp(leaves[0], leaves[1].bfloat16(), target, bias=leaves[2])
+        logp.sum().backward()
+    cast = [x.detach().bfloat16().requires_grad_() for x in leaves]
+    expected = linear_logp(cast[0], cast[1], target, bias=cast[2])
+    expected.sum().backward()
+    assert logp.dtype == torch.float32
+    assert torch.equal(logp, expected)
+    for leaf, reference in zip(leaves, cast, strict=True):
+        assert leaf.grad.dtype == torch.float32
+        assert torch.equal(leaf.grad, reference.grad.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        double = linear_logp(hidden.double(), weight.double(), target)
+    assert double.dtype == torch.float64
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype):
+    hidden, weight, target, bias = inputs((6, 4, 9), dtype)
+    hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
+    options = (0.7, 5.0, 1.3, -100, 0.0)
+    for op in (linear_logp_forward, linear_logp_entropy_forward):
+        torch.library.opcheck(op, (hidden, weight, target, bias, *options, True))
+        torch.library.opcheck(op, (hidden, weight, target, None, 1.0, None, *options[2:], False))
+    logp, lse = (x.detach() for x in linear_logp_forward(hidden, weight, target, bias, *options, False))
+    detached = hidden.detach(), weight.detach(), target, lse, bias.detach()
+    torch.library.opcheck(linear_logp_backward, (logp, *detached, *options, True, False, True, ""))
+
+
+def test_compiles_without_graph_breaks_and_checks_values_when_it_runs():
+    def function(hidden, weight, target, bias, temperature):
+        logp, entropy = linear_logp_entropy(
+            hidden, weight, target, bias=bias, softcap=4.0, temperature=temperature, validate=True
+        )
+        return logp.sum() + linear_logp(hidden, weight, target).square().sum() + entropy.sum()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for n, temperature in ((6, 1.0), (9, 0.7), (11, 1.9)):
+        hidden, weight, target, bias = inputs((n, 4, 20), torch.float32)
+        leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
+        eager_loss = function(leaves[0], leaves[1], target, leaves[2], temperature)
+        loss = compiled(leaves[0], leaves[1], target, leaves[2], temperature)
+        assert torch.equal(loss, eager_loss)
+        expected, found = torch.autograd.grad(eager_loss, leaves), torch.autograd.grad(loss, leaves)
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    with pytest.raises(ValueError, match=r"target of shape .* holds 20 at position 2"):
+        compiled(hidden, weight, target.index_fill(0, torch.tensor([2]), 20), bias, 1.9)
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, target, _ = inputs((5, 4, 9), torch.float64, bias=False)
+    (gradient,) = torch.autograd.grad(
+        linear_logp(hidden.requires_grad_(), weight, target).sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("filter_eps", ["auto", 0, 0.25])
+def test_the_reference_backend_drops_nothing(filter_eps):
+    hidden, weight, target, _ = inputs((9, 6, 21), torch.bfloat16, bias=False)
+    gradients = []
+    for eps in (0.0, filter_eps):
+        w = weight.clone().requires_grad_()
+        linear_logp(hidden, w, target, filter_eps=eps).sum().backward()
+        gradients.append(w.grad)
+    assert torch.equal(*gradients)
+
+
+HIDDEN, WEIGHT, TARGET = torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3, dtype=torch.int64)
+BAD = {
+    "hidden is a list": (TypeError, "hidden is a list", {"hidden": [1.0]}),
+    "hidden 1-d": (ValueError, r"hidden has shape \(3,\)", {"hidden": torch.zeros(3)}),
+    "hidden int": (TypeError, "hidden has dtype torch.int64", {"hidden": torch.zeros(3, 4).long()}),
+    "weight D": (ValueError, r"weight has shape \(5, 3\).*D=4", {"weight": torch.zeros(5, 3)}),
+    "weight empty": (ValueError, r"weight has shape \(0, 4\)", {"weight": torch.zeros(0, 4)}),
+    "weight dtype": (TypeError, "weight has dtype torch.bfloat16.*float32", {"weight": WEIGHT.bfloat16()}),
+    "weight device": (ValueError, "weight .* is on meta", {"weight": WEIGHT.to("meta")}),
+    "bias V": (ValueError, r"bias has shape \(4,\).*V=5", {"bias": torch.zeros(4)}),
+    "bias dtype": (TypeError, "bias has dtype torch.float64", {"bias": torch.zeros(5).double()}),
+    "target N": (ValueError, r"target has shape \(2,\).*N=3", {"target": TARGET[:2]}),
+    "target dtype": (TypeError, "target has dtype torch.int32", {"target": TARGET.int()}),
+    "target high": (ValueError, "target .* holds 5 at position 1.*V=5", {"target": torch.tensor([0, 5, 0])}),
+    "target low": (ValueError, "target .* holds -1 at position 2", {"target": torch.tensor([0, -100, -1])}),
+    "temperature 0": (ValueError, "temperature is 0.*> 0", {"temperature": 0}),
+    "temperature nan": (ValueError, "temperature is nan", {"temperature": float("nan")}),
+    "temperature str": (TypeError, "temperature is '1'", {"temperature": "1"}),
+    "softcap": (ValueError, "softcap is -1", {"softcap": -1.0}),
+    "logit_scale": (ValueError, "logit_scale is inf", {"logit_scale": float("inf")}),
+    "logit_scale bool": (TypeError, "logit_scale is True", {"logit_scale": True}),
+    "ignore_index": (TypeError, "ignore_index is 1.5", {"ignore_index": 1.5}),
+    "filter_eps 1": (ValueError, "filter_eps is 1", {"filter_eps": 1.0}),
+    "filter_eps negative": (ValueError, "filter_eps is -0.1", {"filter_eps": -0.1}),
+    "filter_eps word": (ValueError, "filter_eps is 'none'.*'auto'", {"filter_eps": "none"}),
+    "filter_eps None": (TypeError, "filter_eps is None", {"filter_eps": None}),
+    "validate": (TypeError, "validate is 1", {"validate": 1}),
+}
+
+
+@pytest.mark.parametrize("function", [linear_logp, linear_logp_entropy])
+@pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD)
+def test_bad_input_is_refused_before_any_compute(error, message, change, function, monkeypatch):
+    def fail(*_):
+        raise AssertionError("computed")
+
+    monkeypatch.setattr(eager.Head, "logits", fail)
+    with pytest.raises(error, match=message):
+        function(**{"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET} | change)
+
+
+def test_value_checks_can_be_left_out():
+    with pytest.raises(ValueError, match="target"):
+        linear_logp(HIDDEN, WEIGHT, TARGET + 5, validate=True)
+    linear_logp(HIDDEN, WEIGHT, TARGET + 5, validate=False)  # garbage in, garbage out, but not checked
