@@ -56,6 +56,16 @@ def assert_within_budget(ours, exact, plain, largest_logit=1.0, rounded_to=None)
     assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {torch.as_tensor(allowed).max():.3g}"
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """A thousand tiny matrices: on a busy machine, threads that wait for each other cost ten times the
+    work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
     if request.param == "many tiles":
@@ -189,6 +199,7 @@ def test_non_contiguous_inputs():
 
 
 def test_bitwise_reproducible():
+    torch.set_num_threads(2)
     hidden, weight, target, bias = inputs((300, 40, 9000), torch.bfloat16)
     results = []
     for _ in range(3):

@@ -6,7 +6,7 @@ from stepkto_kernels import LogpKL, linear_logp, linear_logp_kl
 from stepkto_kernels.linear_logp import eager as head_eager
 from stepkto_kernels.linear_logp_kl import reference as truth
 from stepkto_kernels.linear_logp_kl.op import linear_logp_kl_forward
-from test_linear_logp import DTYPES, EVERYTHING, HEADS, assert_within_budget
+from test_linear_logp import DTYPES, EVERYTHING, HEADS, assert_within_budget, one_thread  # noqa: F401
 from test_linear_logp import inputs as head_inputs
 
 SHAPES = [(1, 1, 1, 1), (5, 3, 3, 1), (13, 16, 7, 50), (11, 8, 8, 333)]  # (N, D, D of the reference, V)
