@@ -50,9 +50,7 @@ def assert_within_budget(ours, exact, plain, largest_logit=1.0, rounded_to=None)
     if exact.numel():
         allowed = allowed + 4 * (plain.double() - exact).abs().max()
     if rounded_to is not None:
-        allowed = (
-            allowed + exact.abs() * torch.finfo(rounded_to).eps + torch.finfo(rounded_to).smallest_normal
-        )
+        allowed = allowed + exact.abs() * torch.finfo(rounded_to).eps + torch.finfo(rounded_to).smallest_normal
     assert (error <= allowed).all(), f"error {error.max():.3g}, allowed {torch.as_tensor(allowed).max():.3g}"
 
 
@@ -107,9 +105,7 @@ def test_values_and_gradients_match_the_truth(dtype, shape, head, tiles):
     assert (ours[0] <= 0).all()
     assert (ours[1] >= 0).all()
     for i, values in enumerate(zip(ours, exact, plain, strict=True)):
-        assert_within_budget(
-            *values, largest_logit, rounded_to=dtype if i >= 2 and dtype != torch.float32 else None
-        )
+        assert_within_budget(*values, largest_logit, rounded_to=dtype if i >= 2 and dtype != torch.float32 else None)
     for leaf, gradient in zip(operands, ours[2:], strict=True):
         assert gradient.dtype == dtype
         assert gradient.shape == leaf.shape
@@ -174,6 +170,19 @@ def test_nothing_to_score_still_has_a_graph(rows):
     assert torch.equal(weight.grad, torch.zeros_like(weight))
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 300_000), (70_000, 2, 5)], ids=["huge vocabulary", "many tokens"])
+def test_shapes_that_overflow_grids_elsewhere(shape):
+    hidden, weight, target, _ = inputs(shape, torch.float32, bias=False)
+    hidden.requires_grad_()
+    logp = linear_logp(hidden, weight, target)
+    logp.sum().backward()
+    exact_hidden = hidden.detach().double().requires_grad_()
+    exact = truth.linear_logp(exact_hidden, weight.double(), target)
+    exact.sum().backward()
+    torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=1e-5, atol=1e-5)
+
+
 def test_another_ignore_index():
     hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
     everywhere = linear_logp(hidden, weight, target.clamp(min=0))
@@ -214,16 +223,12 @@ def test_bitwise_reproducible():
 def test_gradients_that_nobody_needs_cost_no_gemm(needs):
     operands = inputs((8, 4, 12), torch.float32)
     target = operands[2]
-    leaves = [
-        x.requires_grad_(bool(n)) for x, n in zip((operands[0], operands[1], operands[3]), needs, strict=True)
-    ]
+    leaves = [x.requires_grad_(bool(n)) for x, n in zip((operands[0], operands[1], operands[3]), needs, strict=True)]
 
     def gemms(function):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = function()
-        counted = [
-            e for e in profile.events() if e.name in ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm")
-        ]
+        counted = [e for e in profile.events() if e.name in ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm")]
         return result, len(counted)
 
     logp, forward = gemms(lambda: linear_logp(leaves[0], leaves[1], target, bias=leaves[2]))
@@ -258,9 +263,7 @@ def test_logits_are_held_in_bounded_blocks_only(monkeypatch):
     with LargestResult() as forward:
         logp, lse = eager.linear_logp_forward(hidden, weight, target, *head)
     with LargestResult() as backward:
-        eager.linear_logp_backward(
-            torch.ones_like(logp), hidden, weight, target, lse, *head, 0.0, True, True, False
-        )
+        eager.linear_logp_backward(torch.ones_like(logp), hidden, weight, target, lse, *head, 0.0, True, True, False)
     assert 0 < forward.elements <= bound
     assert 0 < backward.elements <= bound
 

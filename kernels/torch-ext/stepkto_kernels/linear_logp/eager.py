@@ -31,21 +31,25 @@ class Head(NamedTuple):
         return self.weight[tile].to(dtype)
 
     def logits(self, h_nD: Tensor, w_vD: Tensor, tile: slice) -> Tensor:
-        z_nv = h_nD @ w_vD.T
-        if self.bias is not None:
-            z_nv += self.bias[tile].to(z_nv.dtype)
-        z_nv *= self.logit_scale
+        if self.bias is None:
+            z_nv = h_nD @ w_vD.T
+        else:
+            z_nv = torch.addmm(self.bias[tile].to(h_nD.dtype), h_nD, w_vD.T)
         if self.softcap is not None:
-            z_nv = z_nv.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z_nv.div_(self.temperature)
+            return z_nv.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
+        return z_nv if self.slope == 1 else z_nv.mul_(self.slope)
+
+    @property
+    def slope(self) -> float:
+        """dz / d(hidden @ weight.T + bias), but for the softcap's factor."""
+        return self.logit_scale / self.temperature
 
     def pull_back_(self, dz_nv: Tensor, z_nv: Tensor) -> Tensor:
-        """dL/d(hidden @ weight.T + bias) from dL/dz, in place."""
-        dz_nv *= self.logit_scale / self.temperature
-        if self.softcap is not None:
-            tanh_nv = z_nv * (self.temperature / self.softcap)
-            dz_nv *= 1 - tanh_nv * tanh_nv
-        return dz_nv
+        """slope * dL/dz to dL/d(hidden @ weight.T + bias), in place; tanh is read off the logits."""
+        if self.softcap is None:
+            return dz_nv
+        tanh_nv = z_nv.mul_(self.temperature / self.softcap)
+        return dz_nv.mul_(1 - tanh_nv.square_())
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -113,6 +117,7 @@ def _forward(
         lse_nt = torch.stack(lse_tiles, -1)
         lse_n = lse_nt.logsumexp(-1)
         lse_N[rows] = lse_n
+        # above 0 only if a device's logsumexp rounds below the maximum: never a result
         logp_N[rows] = (z_target_n - lse_n).clamp_(max=0)
         if with_entropy:
             # chain rule of entropy over tiles, each term >= 0: H = sum_t P_t * (H_t - log P_t)
@@ -196,13 +201,14 @@ def _backward(
         dw_vD = w_vD.new_zeros(w_vD.shape) if need_weight else None
         db_v = w_vD.new_zeros(len(w_vD)) if need_bias else None
         for rows in row_blocks(live, len(head.weight)):
-            h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype)
+            # the slope goes into the coefficients: one pass over N numbers instead of N * V
+            h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype) * head.slope
             z_nv = head.logits(h_nD, w_vD, tile)
             logp_nv = z_nv - lse_N[rows, None]
             if grad_entropy_N is None:
                 dz_nv = logp_nv.exp_().mul_(-g_n)
             else:
-                gH_n = grad_entropy_N[rows, None].to(dtype)
+                gH_n = grad_entropy_N[rows, None].to(dtype) * head.slope
                 dz_nv = (g_n + gH_n * (logp_nv + entropy_N[rows, None])).mul_(logp_nv.exp()).neg_()
             row, column = place_target(target_N[rows], tile)
             dz_nv[row, column] += g_n[row, 0]
