@@ -24,6 +24,4 @@ def op(function: Callable):
         with torch.autocast(first.device.type, enabled=False):
             return function(first, *rest)
 
-    return torch.library.custom_op(
-        add_op_namespace_prefix(function.__name__), without_autocast, mutates_args=()
-    )
+    return torch.library.custom_op(add_op_namespace_prefix(function.__name__), without_autocast, mutates_args=())

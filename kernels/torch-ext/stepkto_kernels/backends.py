@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -24,7 +24,7 @@ FASTEST_FIRST = {"cuda": ("triton", "reference"), "cpu": ("native", "reference")
 
 class Kernel(NamedTuple):
     forward: Callable
-    backward: Callable | None = None
+    backward: Any = None  # a function, for ops whose backward is more than a product
 
 
 _KERNELS: dict[str, dict[str, Kernel]] = {}

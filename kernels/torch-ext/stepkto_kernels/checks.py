@@ -15,34 +15,31 @@ INFINITY = float("inf")
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tuple[str, int | None]) -> None:
     """`shape` holds one (letter, size or None) per dimension."""
 
-    def complain(error: type[Exception], found: str) -> None:
+    def expected() -> str:
         letters = ", ".join(letter if size is None else f"{letter}={size}" for letter, size in shape)
         kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise error(f"{name} {found}; expected a {kinds} tensor of shape ({letters})")
+        return f"expected a {kinds} tensor of shape ({letters})"
 
     if not isinstance(value, Tensor):
-        complain(TypeError, f"is a {type(value).__name__}")
+        raise TypeError(f"{name} is a {type(value).__name__}; {expected()}")
     if value.dim() != len(shape) or any(
         size is not None and value.shape[i] != size for i, (_, size) in enumerate(shape)
     ):
-        complain(ValueError, f"has shape {tuple(value.shape)}")
+        raise ValueError(f"{name} has shape {tuple(value.shape)}; {expected()}")
     if value.dtype not in dtypes:
-        complain(TypeError, f"has dtype {value.dtype} and shape {tuple(value.shape)}")
+        raise TypeError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}; {expected()}")
 
 
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(
-            f"{name} of shape {tuple(value.shape)} is on {value.device}; "
-            f"expected {other.device}, where {other_name} is"
+            f"{name} of shape {tuple(value.shape)} is on {value.device}; expected {other.device}, where {other_name} is"
         )
 
 
 def scalar(name: str, value: object, low: float = -INFINITY, low_allowed: bool = False) -> None:
     """A finite number above `low`, or equal to it where `low_allowed`."""
-    expected = (
-        "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
-    )
+    expected = "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
     if not (low < value < INFINITY or (low_allowed and value == low)):

@@ -31,7 +31,5 @@ def missing() -> str | None:
     try:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # built against another torch, or for another machine
-        return (
-            f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}); rebuild it: {REBUILD}"
-        )
+        return f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}); rebuild it: {REBUILD}"
     return None

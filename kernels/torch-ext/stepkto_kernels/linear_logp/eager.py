@@ -31,10 +31,8 @@ class Head(NamedTuple):
         return self.weight[tile].to(dtype)
 
     def logits(self, h_nD: Tensor, w_vD: Tensor, tile: slice) -> Tensor:
-        if self.bias is None:
-            z_nv = h_nD @ w_vD.T
-        else:
-            z_nv = torch.addmm(self.bias[tile].to(h_nD.dtype), h_nD, w_vD.T)
+        bias_v = None if self.bias is None else self.bias[tile].to(h_nD.dtype)
+        z_nv = torch.nn.functional.linear(h_nD, w_vD, bias_v)
         if self.softcap is not None:
             return z_nv.mul_(self.logit_scale / self.softcap).tanh_().mul_(self.softcap / self.temperature)
         return z_nv if self.slope == 1 else z_nv.mul_(self.slope)
@@ -168,9 +166,7 @@ def linear_logp_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
     needs = need_hidden, need_weight, need_bias
-    return _backward(
-        grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, lse_N, entropy_N, ignore_index, needs
-    )
+    return _backward(grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, lse_N, entropy_N, ignore_index, needs)
 
 
 def _backward(
@@ -189,7 +185,7 @@ def _backward(
     dtype = compute_dtype(hidden_ND)
     dh_ND = hidden_ND.new_zeros(hidden_ND.shape, dtype=dtype) if need_hidden else None
     dw_VD = head.weight.new_empty(head.weight.shape) if need_weight else None
-    db_V = head.bias.new_empty(head.bias.shape) if need_bias else None
+    db_V = None if head.bias is None or not need_bias else head.bias.new_empty(head.bias.shape)
 
     live_N = grad_logp_N != 0
     if grad_entropy_N is not None:
@@ -198,14 +194,14 @@ def _backward(
 
     for tile in head.tiles():
         w_vD = head.weight_tile(tile, dtype)
-        dw_vD = w_vD.new_zeros(w_vD.shape) if need_weight else None
-        db_v = w_vD.new_zeros(len(w_vD)) if need_bias else None
+        dw_vD = w_vD.new_zeros(w_vD.shape if need_weight else 0)
+        db_v = w_vD.new_zeros(len(w_vD))
         for rows in row_blocks(live, len(head.weight)):
             # the slope goes into the coefficients: one pass over N numbers instead of N * V
             h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype) * head.slope
             z_nv = head.logits(h_nD, w_vD, tile)
             logp_nv = z_nv - lse_N[rows, None]
-            if grad_entropy_N is None:
+            if grad_entropy_N is None or entropy_N is None:
                 dz_nv = logp_nv.exp_().mul_(-g_n)
             else:
                 gH_n = grad_entropy_N[rows, None].to(dtype) * head.slope
@@ -213,14 +209,14 @@ def _backward(
             row, column = place_target(target_N[rows], tile)
             dz_nv[row, column] += g_n[row, 0]
             dz_nv = head.pull_back_(dz_nv, z_nv)
-            if need_hidden:
+            if dh_ND is not None:
                 dh_ND[rows] += dz_nv @ w_vD
-            if need_weight:
+            if dw_VD is not None:
                 dw_vD.addmm_(dz_nv.T, h_nD)
-            if need_bias:
+            if db_V is not None:
                 db_v += dz_nv.sum(0)
-        if need_weight:
+        if dw_VD is not None:
             dw_VD[tile] = dw_vD
-        if need_bias:
+        if db_V is not None:
             db_V[tile] = db_v
     return None if dh_ND is None else dh_ND.to(hidden_ND.dtype), dw_VD, db_V

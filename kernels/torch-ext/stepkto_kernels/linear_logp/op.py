@@ -42,10 +42,9 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     checks.same_device(names[0], hidden, "target", target)
     device_type = hidden.device.type
     if torch.is_autocast_enabled(device_type):
-        dtype = torch.get_autocast_dtype(device_type)
-        hidden, weight, bias = (
-            x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (hidden, weight, bias)
-        )
+        cast = torch.get_autocast_dtype(device_type)
+        hidden, weight = (x if x.dtype == torch.float64 else x.to(cast) for x in (hidden, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(cast)
     checks.tensor(names[1], weight, (hidden.dtype,), ("V", None), ("D", None))
     if bias is not None:
         checks.tensor(names[2], bias, (hidden.dtype,), ("V", None))
@@ -58,7 +57,7 @@ def check_logit_options(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-    filter_eps: object,
+    filter_eps: float | Literal["auto"],
 ) -> LogitOptions:
     checks.scalar("logit_scale", logit_scale)
     if softcap is not None:
@@ -96,9 +95,16 @@ def present(*grads: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ..
     return tuple(grad if need else None for grad, need in zip(grads, needed, strict=True))
 
 
-def filled(*grads: Tensor | None, like: Tensor) -> tuple[Tensor, ...]:
+def filled(
+    like: Tensor, dhidden: Tensor | None, dweight: Tensor | None, dbias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Ops return tensors only: an empty one stands for a gradient that nobody needs."""
-    return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+    none = like.new_empty
+    return (
+        none(0) if dhidden is None else dhidden,
+        none(0) if dweight is None else dweight,
+        none(0) if dbias is None else dbias,
+    )
 
 
 @op
@@ -148,13 +154,11 @@ def linear_logp_backward(
         grad_logp, hidden, weight, target, lse, bias, logit_scale, softcap, temperature, ignore_index,
         filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
-    return filled(*grads, like=hidden)
+    return filled(hidden, *grads)
 
 
 @linear_logp_backward.register_fake
-def _(
-    grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend
-):
+def _(grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend):
     return fake_gradients(hidden, weight, bias, needs_and_backend[:3])
 
 
@@ -175,9 +179,7 @@ def _save_logp(ctx, inputs, output):
 def _differentiate_logp(ctx, grad_logp, _):
     hidden, weight, target, bias, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-    grads = linear_logp_backward(
-        grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend
-    )
+    grads = linear_logp_backward(grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend)
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
 
@@ -234,7 +236,7 @@ def linear_logp_entropy_backward(
         grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, logit_scale, softcap,
         temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
-    return filled(*grads, like=hidden)
+    return filled(hidden, *grads)
 
 
 @linear_logp_entropy_backward.register_fake
@@ -338,7 +340,5 @@ def linear_logp_entropy(
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
-    logp, _, entropy = linear_logp_entropy_forward(
-        hidden, weight, target, bias, *options, reads_data(validate, hidden)
-    )
+    logp, _, entropy = linear_logp_entropy_forward(hidden, weight, target, bias, *options, reads_data(validate, hidden))
     return logp, entropy

@@ -21,9 +21,7 @@ def logits(
     return z_NV / temperature
 
 
-def linear_logp(
-    hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head
-) -> Tensor:
+def linear_logp(hidden: Tensor, weight: Tensor, target: Tensor, *, ignore_index: int = -100, **head) -> Tensor:
     return linear_logp_entropy(hidden, weight, target, ignore_index=ignore_index, **head)[0]
 
 

@@ -79,9 +79,7 @@ def _save(ctx, inputs, output):
 def _differentiate(ctx, grad_logp, *_):
     hidden, weight, target, bias, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    grads = linear_logp_backward(
-        grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend
-    )
+    grads = linear_logp_backward(grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend)
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, None, None, dbias, None, *[None] * len(ctx.options)
 

@@ -25,4 +25,5 @@ def linear_logp_kl(
         kl_n = (logp_nV.exp() * (logp_nV - ref_logp_nV)).sum(-1).clamp(min=0)
     logp_n, ref_logp_n = (x.gather(1, target[kept, None]).squeeze(1) for x in (logp_nV, ref_logp_nV))
     zeros_N = logp_n.new_zeros(len(target))
-    return tuple(zeros_N.index_put((kept,), x.to(zeros_N.dtype)) for x in (logp_n, ref_logp_n, kl_n))
+    logp_N, ref_logp_N, kl_N = (zeros_N.index_put((kept,), x.to(zeros_N.dtype)) for x in (logp_n, ref_logp_n, kl_n))
+    return logp_N, ref_logp_N, kl_N

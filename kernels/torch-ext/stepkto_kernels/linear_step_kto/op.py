@@ -28,6 +28,7 @@ from ..step_kto.op import (
     check_objective,
     fake_results,
     global_count,
+    output,
     point_values,
     reference_point,
 )
@@ -74,9 +75,7 @@ def linear_step_kto_forward(
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
         point_values(kl, step_kl, loss_type)
-    logp_N, lse_N = head.forward(
-        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index
-    )
+    logp_N, lse_N = head.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
     ref_logp_N = ref_logp.to(logp_N.dtype).masked_fill(target == ignore_index, 0)
     *results, coefficient_N = objective.forward(
         logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
@@ -175,9 +174,7 @@ def linear_step_kto_exact_forward(
 
 @linear_step_kto_exact_forward.register_fake
 def _(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, *rest):
-    logp, coefficient, lse = (
-        hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(3)
-    )
+    logp, coefficient, lse = (hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(3))
     results = fake_results(logp, cu_seqlens, cu_steps)
     return *results, logp, logp.new_empty(()), logp.new_empty(()), coefficient, lse
 
@@ -256,18 +253,16 @@ def linear_step_kto(
         beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight, step_undesirable_weight,
         outcome_weight, step_weight, step_reduction, after_first_error, loss_type,
     )  # fmt: skip
-    kl, step_kl = (
-        reference_point(name, x, loss_type, hidden) for name, x in (("kl", kl), ("step_kl", step_kl))
-    )
+    kl, step_kl = (reference_point(name, x, loss_type, hidden) for name, x in (("kl", kl), ("step_kl", step_kl)))
     counts = (
         global_count("num_completions", num_completions, hidden),
         global_count("num_supervised", num_supervised, hidden),
     )
-    loss, *rest, logp, _, _ = linear_step_kto_forward(
+    loss, *others, _, _ = linear_step_kto_forward(
         hidden, weight, target, bias, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl,
         step_kl, *counts, *options, *objective, reads_data(validate, hidden),
     )  # fmt: skip
-    return StepKTOOutput(loss, *(x.detach() for x in rest), logp.detach(), kl, step_kl)
+    return output(loss, *others, kl, step_kl)
 
 
 def linear_step_kto_exact(
@@ -340,8 +335,8 @@ def linear_step_kto_exact(
         global_count("num_completions", num_completions, hidden),
         global_count("num_supervised", num_supervised, hidden),
     )
-    loss, *rest, logp, kl, step_kl, _, _ = linear_step_kto_exact_forward(
+    loss, *others, _, _ = linear_step_kto_exact_forward(
         hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, labels,
         step_labels, *counts, *options, *objective[:-1], reads_data(validate, hidden),
     )  # fmt: skip
-    return StepKTOOutput(loss, *(x.detach() for x in (*rest, logp, kl, step_kl)))
+    return output(loss, *others)

@@ -1,5 +1,7 @@
 """The slow truth of linear_step_kto and linear_step_kto_exact: the other truths, one after the other."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,14 +22,12 @@ def linear_step_kto(
     step_labels: Tensor,
     *,
     ignore_index: int = -100,
-    head: dict,
-    objective: dict,
+    head: dict[str, Any],
+    objective: dict[str, Any],
 ) -> dict[str, Tensor]:
     logp_N = linear_logp(hidden, weight, target, ignore_index=ignore_index, **head)
     ref_logp_N = torch.where(target == ignore_index, 0, ref_logp)
-    return step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **objective) | {
-        "logp": logp_N
-    }
+    return step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **objective) | {"logp": logp_N}
 
 
 def linear_step_kto_exact(
@@ -41,12 +41,13 @@ def linear_step_kto_exact(
     labels: Tensor,
     step_labels: Tensor,
     *,
-    head: dict,
-    objective: dict,
+    head: dict[str, Any],
+    objective: dict[str, Any],
 ) -> dict[str, Tensor]:
     logp_N, ref_logp_N, kl_N = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target, **head)
     outcome_sum, completions, step_sum, steps = reference_points(kl_N, cu_seqlens, cu_steps)
     kl, step_kl = outcome_sum.clamp(min=0) / max(1, completions), step_sum.clamp(min=0) / max(1, steps)
     points = {"kl": kl, "step_kl": step_kl}
-    results = step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **points, **objective)
+    options = points | objective
+    results = step_kto(logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, **options)
     return results | points | {"logp": logp_N}

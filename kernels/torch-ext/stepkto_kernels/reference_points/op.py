@@ -26,9 +26,7 @@ class ReferencePoints(NamedTuple):
 
     def means(self) -> tuple[Tensor, Tensor]:
         """(mean over completions, flat mean over steps), unclamped, for the log; 0 where there are none."""
-        return self.outcome_sum / self.outcome_count.clamp(min=1), self.step_sum / self.step_count.clamp(
-            min=1
-        )
+        return self.outcome_sum / self.outcome_count.clamp(min=1), self.step_sum / self.step_count.clamp(min=1)
 
     def points(self) -> tuple[Tensor, Tensor]:
         """(z, z_s): the means, then clamped at 0."""

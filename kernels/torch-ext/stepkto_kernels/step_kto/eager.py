@@ -90,5 +90,5 @@ def step_kto_forward(
     slope_S = step_weight * step_slope_S * share_S
     slope_S += outcome_weight * spread(slope_B * per_completion, cu_seqsteps, steps)
     coefficient_N = spread(slope_S.to(dtype), cu_steps, tokens)
-    results = loss, outcome_loss, step_loss, r_B, r_S
-    return *(x.to(dtype) for x in results), coefficient_N
+    loss, outcome_loss, step_loss = (x.to(dtype) for x in (loss, outcome_loss, step_loss))
+    return loss, outcome_loss, step_loss, r_B.to(dtype), r_S.to(dtype), coefficient_N

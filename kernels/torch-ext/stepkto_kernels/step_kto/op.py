@@ -28,6 +28,11 @@ class StepKTOOutput(NamedTuple):
     step_kl: Tensor  # 0-d, z_s
 
 
+def output(loss: Tensor, *others: Tensor) -> StepKTOOutput:
+    outcome_loss, step_loss, log_ratios, step_log_ratios, logp, kl, step_kl = (x.detach() for x in others)
+    return StepKTOOutput(loss, outcome_loss, step_loss, log_ratios, step_log_ratios, logp, kl, step_kl)
+
+
 class Objective(NamedTuple):
     """The options of the objective, in the order in which the ops take them."""
 
@@ -72,8 +77,19 @@ def check_objective(
     checks.choice("step_reduction", step_reduction, ("mean", "sum"))
     checks.choice("after_first_error", after_first_error, ("keep", "mask"))
     checks.choice("loss_type", loss_type, ("kto", "apo_zero_unpaired"))
-    numbers = (float(x) for x in (beta, step_beta, *weights.values()))
-    return Objective(*numbers, step_reduction, after_first_error, loss_type)
+    return Objective(
+        float(beta),
+        float(step_beta),
+        float(desirable_weight),
+        float(undesirable_weight),
+        float(step_desirable_weight),
+        float(step_undesirable_weight),
+        float(outcome_weight),
+        float(step_weight),
+        step_reduction,
+        after_first_error,
+        loss_type,
+    )
 
 
 def check_batch(
@@ -106,9 +122,7 @@ def global_count(name: str, value: int | Tensor | None, like: Tensor) -> Tensor 
         dtypes = (torch.int64, torch.int32, *checks.FLOATS)
         return scalar_tensor(name, value, dtypes, like).to(like.device, torch.float64, non_blocking=True)
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(
-            f"{name} is {value!r} ({type(value).__name__}); expected an int >= 0, a 0-d tensor or None"
-        )
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int >= 0, a 0-d tensor or None")
     if value < 0:
         raise ValueError(f"{name} is {value!r}; expected an int >= 0, a 0-d tensor or None")
     return torch.full((), value, dtype=torch.float64, device=like.device)
@@ -142,9 +156,7 @@ def point_values(kl: Tensor, step_kl: Tensor, loss_type: str) -> None:
         if not point.isfinite():
             raise ValueError(f"{name} is {point.item()}; expected a finite number")
         if loss_type == "apo_zero_unpaired" and point != 0:
-            raise ValueError(
-                f"{name} is {point.item():g}; expected 0, which loss_type='apo_zero_unpaired' fixes it at"
-            )
+            raise ValueError(f"{name} is {point.item():g}; expected 0, which loss_type='apo_zero_unpaired' fixes it at")
 
 
 @op
@@ -293,15 +305,13 @@ def step_kto(
         beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight, step_undesirable_weight,
         outcome_weight, step_weight, step_reduction, after_first_error, loss_type,
     )  # fmt: skip
-    kl, step_kl = (
-        reference_point(name, x, loss_type, logp) for name, x in (("kl", kl), ("step_kl", step_kl))
-    )
+    kl, step_kl = (reference_point(name, x, loss_type, logp) for name, x in (("kl", kl), ("step_kl", step_kl)))
     counts = (
         global_count("num_completions", num_completions, logp),
         global_count("num_supervised", num_supervised, logp),
     )
-    loss, *rest, _ = step_kto_forward(
+    loss, *others, _ = step_kto_forward(
         logp, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, *counts, *objective,
         reads_data(validate, logp),
     )  # fmt: skip
-    return StepKTOOutput(loss, *(x.detach() for x in rest), logp.detach(), kl, step_kl)
+    return output(loss, *others, logp, kl, step_kl)

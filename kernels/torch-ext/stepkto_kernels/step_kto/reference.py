@@ -31,9 +31,7 @@ def step_kto(
     d_N = logp - ref_logp.detach()
     outcome_losses, step_losses, r_B, r_S = [], [], [], []
     steps = list(zip(cu_steps.tolist(), cu_steps.tolist()[1:], step_labels.tolist(), strict=False))
-    for start, stop, desirable in zip(
-        cu_seqlens.tolist(), cu_seqlens.tolist()[1:], labels.tolist(), strict=False
-    ):
+    for start, stop, desirable in zip(cu_seqlens.tolist(), cu_seqlens.tolist()[1:], labels.tolist(), strict=False):
         r = d_N[start:stop].sum()
         r_B.append(r)
         lam = desirable_weight if desirable else undesirable_weight
@@ -55,9 +53,9 @@ def step_kto(
         if labelled:
             step_losses.append(sum(labelled) / (len(labelled) if step_reduction == "mean" else 1))
 
-    nothing = d_N.sum() * 0
-    outcome_loss = sum(outcome_losses, nothing) / max(1, num_completions or len(outcome_losses))
-    step_loss = sum(step_losses, nothing) / max(1, num_supervised or len(step_losses))
+    nothing = d_N.sum() * 0  # the graph of an empty batch
+    outcome_loss = nothing + sum(outcome_losses) / max(1, num_completions or len(outcome_losses))
+    step_loss = nothing + sum(step_losses) / max(1, num_supervised or len(step_losses))
     return {
         "loss": outcome_weight * outcome_loss + step_weight * step_loss,
         "outcome_loss": outcome_loss,
