@@ -79,9 +79,7 @@ def test_context_manager_takes_precedence_nests_and_is_undone_by_errors(calls, m
 
 def test_unknown_name():
     with (
-        pytest.raises(
-            ValueError, match="backend name is 'cuda'; expected one of auto, reference, native, triton"
-        ),
+        pytest.raises(ValueError, match="backend name is 'cuda'; expected one of auto, reference, native, triton"),
         backend("cuda"),
     ):
         pass
@@ -163,9 +161,7 @@ def test_the_choice_is_per_thread():
 @pytest.mark.parametrize("name", ["auto", "reference"])
 def test_command_prints_the_table(name, monkeypatch):
     monkeypatch.setenv("STEPKTO_BACKEND", name)
-    done = subprocess.run(
-        [sys.executable, "-m", "stepkto_kernels"], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-m", "stepkto_kernels"], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
     assert f"STEPKTO_BACKEND={name}" in lines[0]
     assert lines[2].split() == ["op", "reference", "native", "triton"]

@@ -34,9 +34,7 @@ def test_imports_are_relative_or_torch_or_the_standard_library(source):
             continue
         for name in names:
             top = name.partition(".")[0]
-            assert top in ("torch", "triton") or top in sys.stdlib_module_names, (
-                f"{source.name} imports {name}"
-            )
+            assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{source.name} imports {name}"
 
 
 def test_every_op_has_its_folder_truth_derivation_and_test():

@@ -333,6 +333,28 @@ def test_compiles_without_graph_breaks_and_checks_values_when_it_runs():
         compiled(hidden, weight, target.index_fill(0, torch.tensor([2]), 20), bias, 1.9)
 
 
+def test_compiles_under_autocast():
+    hidden, weight, target, _ = inputs((6, 4, 20), torch.float32, bias=False)
+    hidden.requires_grad_()
+
+    def function(hidden, weight, target):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return linear_logp(hidden, weight, target).sum()
+
+    expected = function(hidden, weight, target)
+    found = torch.compile(function, fullgraph=True, backend="aot_eager")(hidden, weight, target)
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(x, hidden)[0] for x in (found, expected)))
+
+
+def test_shapes_and_dtypes_on_the_meta_device():
+    hidden, weight, target, bias = (x.to("meta") for x in inputs((6, 4, 20), torch.bfloat16))
+    logp, entropy = linear_logp_entropy(hidden.requires_grad_(), weight, target, bias=bias)
+    (logp.sum() + entropy.sum()).backward()
+    assert (logp.shape, logp.dtype, logp.device.type) == ((6,), torch.float32, "meta")
+    assert hidden.grad.shape == (6, 4)
+
+
 def test_second_derivatives_are_refused():
     hidden, weight, target, _ = inputs((5, 4, 9), torch.float64, bias=False)
     (gradient,) = torch.autograd.grad(

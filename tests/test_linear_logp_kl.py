@@ -52,9 +52,7 @@ def test_values_and_gradients_match_the_truth(dtype, shape, head, tiles):
     largest_logit = max(z.abs().max().item() for z in logits) * head.get("logit_scale", 1) + 3
     largest_logit /= head.get("temperature", 1)
     for i, values in enumerate(zip(ours, exact, plain, strict=True)):
-        assert_within_budget(
-            *values, largest_logit, rounded_to=dtype if i >= 3 and dtype != torch.float32 else None
-        )
+        assert_within_budget(*values, largest_logit, rounded_to=dtype if i >= 3 and dtype != torch.float32 else None)
     assert all((x <= 0).all() for x in ours[:2])
     assert (ours[2] >= 0).all()
     assert all(x.dtype == torch.float32 for x in ours[:3])
@@ -62,9 +60,7 @@ def test_values_and_gradients_match_the_truth(dtype, shape, head, tiles):
 
 def test_its_log_probs_are_those_of_linear_logp(tiles):
     hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias = inputs((13, 16, 7, 50), torch.bfloat16)
-    result = linear_logp_kl(
-        hidden, weight, ref_hidden, ref_weight, target, bias=bias, ref_bias=ref_bias, **EVERYTHING
-    )
+    result = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target, bias=bias, ref_bias=ref_bias, **EVERYTHING)
     assert isinstance(result, LogpKL)
     assert torch.equal(result.logp, linear_logp(hidden, weight, target, bias=bias, **EVERYTHING))
     ref_logp = linear_logp(ref_hidden, ref_weight, target, bias=ref_bias, **EVERYTHING)
@@ -148,9 +144,7 @@ def test_opcheck():
     hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias = inputs((6, 4, 3, 9), torch.float32)
     hidden, weight, bias = (x.requires_grad_() for x in (hidden, weight, bias))
     arguments = hidden, weight, ref_hidden, ref_weight, target
-    torch.library.opcheck(
-        linear_logp_kl_forward, (*arguments, bias, ref_bias, 0.7, 5.0, 1.3, -100, 0.0, True)
-    )
+    torch.library.opcheck(linear_logp_kl_forward, (*arguments, bias, ref_bias, 0.7, 5.0, 1.3, -100, 0.0, True))
     torch.library.opcheck(linear_logp_kl_forward, (*arguments, None, None, 1.0, None, 1.0, -100, 0.0, False))
 
 

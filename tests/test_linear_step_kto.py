@@ -176,9 +176,7 @@ def test_gradcheck():
     ref_logp = -torch.rand(len(batch["target"]), dtype=torch.float64)
 
     def given(hidden, weight, bias):
-        return linear_step_kto(
-            hidden, weight, bias=bias, **batch, ref_logp=ref_logp, kl=0.2, **EVERYTHING
-        ).loss
+        return linear_step_kto(hidden, weight, bias=bias, **batch, ref_logp=ref_logp, kl=0.2, **EVERYTHING).loss
 
     assert torch.autograd.gradcheck(given, leaves)
 
@@ -378,9 +376,7 @@ def test_bad_input_of_the_one_or_the_other_only():
     with pytest.raises(ValueError, match=r"ref_logp has shape \(3,\)"):
         linear_step_kto(**head, **batch, ref_logp=torch.zeros(3))
     with pytest.raises(ValueError, match=r"kl is 0.1.*apo_zero_unpaired"):
-        linear_step_kto(
-            **head, **batch, ref_logp=torch.zeros(n), kl=torch.tensor(0.1), loss_type="apo_zero_unpaired"
-        )
+        linear_step_kto(**head, **batch, ref_logp=torch.zeros(n), kl=torch.tensor(0.1), loss_type="apo_zero_unpaired")
     with pytest.raises(ValueError, match="loss_type is 'apo_zero_unpaired'; expected one of 'kto'"):
         linear_step_kto_exact(**head, **reference, **batch, loss_type="apo_zero_unpaired")
     with pytest.raises(ValueError, match="ref_weight has shape"):

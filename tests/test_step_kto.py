@@ -226,9 +226,7 @@ def test_micro_batches_with_global_counts_add_up(reduction, masking, on_backend)
     for i, chosen in enumerate(([0, 1, 2, 3], [4], [5, 6, 7, 8])):
         part, tokens = select(batch, chosen)
         counts = (9, supervised) if i else (torch.tensor(9), torch.tensor(float(supervised)))
-        result, part_gradient = with_gradient(
-            part, num_completions=counts[0], num_supervised=counts[1], **options
-        )
+        result, part_gradient = with_gradient(part, num_completions=counts[0], num_supervised=counts[1], **options)
         loss, outcome, step = loss + result.loss, outcome + result.outcome_loss, step + result.step_loss
         gradient[tokens] = part_gradient
     torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=0)
@@ -237,9 +235,7 @@ def test_micro_batches_with_global_counts_add_up(reduction, masking, on_backend)
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    seed=st.integers(0, 10**6), order=st.permutations(range(6)), name=st.sampled_from(["reference", "native"])
-)
+@given(seed=st.integers(0, 10**6), order=st.permutations(range(6)), name=st.sampled_from(["reference", "native"]))
 def test_packing_order_does_not_matter(seed, order, name):
     with backend("reference" if WHY_NO_NATIVE else name):
         batch = random_batch(seed, completions=6, dtype=torch.float64)
@@ -294,12 +290,8 @@ def test_extreme_shapes_match_the_truth(completions, steps, tokens, on_backend):
     d = batch["logp"].double() - ref_logp.double()
     r_B, r_S = d.view(completions, -1).sum(1), d.view(-1, tokens).sum(1)
     # each difference is rounded to fp32 (half an ulp of 1 at most), the sums are not
-    torch.testing.assert_close(
-        result.log_ratios.double(), r_B, rtol=1e-6, atol=6e-8 * (n / completions) ** 0.5
-    )
-    torch.testing.assert_close(
-        result.step_log_ratios.double(), r_S, rtol=1e-6, atol=6e-8 * tokens**0.5 + 1e-7
-    )
+    torch.testing.assert_close(result.log_ratios.double(), r_B, rtol=1e-6, atol=6e-8 * (n / completions) ** 0.5)
+    torch.testing.assert_close(result.step_log_ratios.double(), r_S, rtol=1e-6, atol=6e-8 * tokens**0.5 + 1e-7)
     assert torch.isfinite(gradient).all()
     if completions * steps <= 200:
         exact = truth.step_kto(**{k: v.double() if v.is_floating_point() else v for k, v in batch.items()})
@@ -409,9 +401,7 @@ def test_no_uninitialised_memory_is_read(on_backend):
     assert all(torch.isfinite(x).all() for x in (*result, gradient))
 
 
-@pytest.mark.parametrize(
-    "options", [OPTIONS["defaults"], OPTIONS["everything"]], ids=["defaults", "everything"]
-)
+@pytest.mark.parametrize("options", [OPTIONS["defaults"], OPTIONS["everything"]], ids=["defaults", "everything"])
 def test_gradcheck(options, on_backend):
     batch = random_batch(completions=3, steps=3, tokens=3, dtype=torch.float64)
     logp = batch.pop("logp").requires_grad_()

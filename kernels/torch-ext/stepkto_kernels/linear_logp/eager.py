@@ -54,9 +54,17 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def row_blocks(rows_N: Tensor, vocabulary: int) -> Iterator[Tensor]:
-    """The row numbers in blocks whose logits over one vocabulary tile hold at most TILE_ELEMENTS entries."""
-    return iter(rows_N.split(max(1, TILE_ELEMENTS // min(TILE_V, vocabulary)))) if len(rows_N) else iter(())
+def row_blocks(kept_N: Tensor, vocabulary: int) -> Iterator[slice | Tensor]:
+    """The kept rows in blocks whose logits over one vocabulary tile hold at most TILE_ELEMENTS entries.
+
+    Slices where every row is kept (they index without a copy), else row numbers.
+    """
+    size = max(1, TILE_ELEMENTS // min(TILE_V, vocabulary))
+    if kept_N.all():
+        for start in range(0, len(kept_N), size):
+            yield slice(start, start + size)
+    elif kept_N.any():
+        yield from kept_N.nonzero().squeeze(1).split(size)
 
 
 def place_target(target_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
@@ -99,10 +107,9 @@ def _forward(
     dtype = compute_dtype(hidden_ND)
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     lse_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
-    (kept,) = torch.nonzero(target_N != ignore_index, as_tuple=True)
-    for rows in row_blocks(kept, len(head.weight)):
+    for rows in row_blocks(target_N != ignore_index, len(head.weight)):
         h_nD, target_n = hidden_ND[rows].to(dtype), target_N[rows]
-        z_target_n = logp_N.new_zeros(len(rows))
+        z_target_n = logp_N.new_zeros(len(target_n))
         lse_tiles, entropy_tiles = [], []
         for tile in head.tiles():
             z_nv = head.logits(h_nD, head.weight_tile(tile, dtype), tile)
@@ -190,13 +197,13 @@ def _backward(
     live_N = grad_logp_N != 0
     if grad_entropy_N is not None:
         live_N |= grad_entropy_N != 0
-    (live,) = torch.nonzero(live_N & (target_N != ignore_index), as_tuple=True)
+    live_N &= target_N != ignore_index
 
     for tile in head.tiles():
         w_vD = head.weight_tile(tile, dtype)
         dw_vD = w_vD.new_zeros(w_vD.shape if need_weight else 0)
         db_v = w_vD.new_zeros(len(w_vD))
-        for rows in row_blocks(live, len(head.weight)):
+        for rows in row_blocks(live_N, len(head.weight)):
             # the slope goes into the coefficients: one pass over N numbers instead of N * V
             h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype) * head.slope
             z_nv = head.logits(h_nD, w_vD, tile)

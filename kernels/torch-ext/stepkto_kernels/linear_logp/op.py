@@ -41,7 +41,7 @@ def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None,
     checks.tensor("target", target, (torch.int64,), ("N", hidden.shape[0]))
     checks.same_device(names[0], hidden, "target", target)
     device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type):
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):
         cast = torch.get_autocast_dtype(device_type)
         hidden, weight = (x if x.dtype == torch.float64 else x.to(cast) for x in (hidden, weight))
         bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(cast)

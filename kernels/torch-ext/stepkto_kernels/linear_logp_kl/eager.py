@@ -25,10 +25,9 @@ def linear_logp_kl_forward(
     reference = Head(ref_weight_VE, ref_bias_V, logit_scale, softcap, temperature)
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     ref_logp_N, kl_N, lse_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N), torch.zeros_like(logp_N)
-    (kept,) = torch.nonzero(target_N != ignore_index, as_tuple=True)
-    for rows in row_blocks(kept, len(weight_VD)):
+    for rows in row_blocks(target_N != ignore_index, len(weight_VD)):
         h_nD, ref_h_nE, target_n = hidden_ND[rows].to(dtype), ref_hidden_NE[rows].to(dtype), target_N[rows]
-        target_logit_n, ref_target_logit_n = logp_N.new_zeros(len(rows)), logp_N.new_zeros(len(rows))
+        target_logit_n, ref_target_logit_n = logp_N.new_zeros(len(target_n)), logp_N.new_zeros(len(target_n))
         lse_tiles, ref_lse_tiles, kl_tiles = [], [], []
         for tile in policy.tiles():
             z_nv = policy.logits(h_nD, policy.weight_tile(tile, dtype), tile)
