@@ -34,6 +34,4 @@ def pytest_terminal_summary(terminalreporter, config):
         terminalreporter.section(group, sep="-")
         for bench in benches:
             figures = "  ".join(f"{key} {value}" for key, value in bench.extra_info.items())
-            terminalreporter.write_line(
-                f"{bench.params['who']:<28} {bench.stats.median * 1e3:9.3f} ms  {figures}"
-            )
+            terminalreporter.write_line(f"{bench.params['who']:<28} {bench.stats.median * 1e3:9.3f} ms  {figures}")
