@@ -26,7 +26,10 @@ class Asked:
 
 
 def ask(
-    problems: Sequence[arithmetic.Problem], tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel, recipe: Recipe
+    problems: Sequence[arithmetic.Problem],
+    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel,
+    recipe: Recipe,
 ) -> tuple[list[Asked], int]:
     """Problems with tokenised prompts, and how many were left out because prompt and completion exceed the context.
 
@@ -39,9 +42,10 @@ def ask(
     fitting = [a for a in every if len(a.prompt_ids) <= room]
     if not fitting:
         raise RunError(
-            f"no prompt fits: the shortest of {len(every)} has {min(len(a.prompt_ids) for a in every)} tokens, the model's "
-            f"context is {model.config.max_position_embeddings} and max_completion_length {recipe.max_completion_length} "
-            f"leaves {room}: lower max_completion_length or take a model with a longer context"
+            f"no prompt fits: the shortest of {len(every)} has {min(len(a.prompt_ids) for a in every)} tokens, the "
+            f"model's context is {model.config.max_position_embeddings} and max_completion_length "
+            f"{recipe.max_completion_length} leaves {room}: lower max_completion_length or take a model "
+            "with a longer context"
         )
     return fitting, len(every) - len(fitting)
 
@@ -52,7 +56,11 @@ def sample_rollouts(
 ) -> list[Rollout]:  # fmt: skip
     """n completions of each problem, segmented, judged by the exact checker (`label`, `checker_labels`)."""
     samples = sampler.sample(
-        [a.prompt_ids for a in asked], n=n, temperature=temperature, max_tokens=recipe.max_completion_length, seed=seed
+        [a.prompt_ids for a in asked],
+        n=n,
+        temperature=temperature,
+        max_tokens=recipe.max_completion_length,
+        seed=seed,
     )
     rollouts = []
     for a, drawn in zip(asked, samples, strict=True):

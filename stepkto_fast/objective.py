@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from stepkto_kernels import ReferencePoints, linear_logp, linear_logp_kl, linear_step_kto, reference_points
@@ -25,7 +26,10 @@ def log_probs(model: PreTrainedModel, rollouts: Sequence[Rollout], recipe: Recip
         batch = pack(group).to(model.device)
         with autocast(model, recipe):
             logp = linear_logp(
-                hidden_states(model, batch), target=batch.target, temperature=recipe.temperature, **head(model)
+                hidden_states(model, batch),
+                target=batch.target,
+                temperature=recipe.temperature,
+                **head(model),
             )
         found += logp.cpu().split([len(r.completion_ids) for r in group])
     return found
@@ -36,7 +40,7 @@ def autocast(model: PreTrainedModel, recipe: Recipe) -> torch.autocast:
     return torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=recipe.bf16)
 
 
-def class_weights(rollouts: Sequence[Rollout], recipe: Recipe) -> dict[str, float]:
+def class_weights(rollouts: Sequence[Rollout], recipe: Recipe) -> dict[str, Any]:
     """The four class weights of the kernels' options.
 
     "balanced": right and wrong get the same total weight, 1 on average; a class that is alone keeps weight 1.
@@ -146,7 +150,7 @@ def accumulate_gradients(
     policy: PreTrainedModel,
     rollouts: Sequence[Rollout],
     recipe: Recipe,
-    weights: dict[str, float],
+    weights: dict[str, Any],
     points: tuple[float, float],
 ) -> BatchResult:
     """Adds the gradient of the batch's mean loss to the policy's .grad, one packed micro-batch after the other.
@@ -161,7 +165,8 @@ def accumulate_gradients(
         with autocast(policy, recipe):
             output = linear_step_kto(
                 hidden_states(policy, batch), target=batch.target, ref_logp=batch.ref_logp,
-                cu_seqlens=batch.cu_seqlens, cu_steps=batch.cu_steps, labels=batch.labels, step_labels=batch.step_labels,
+                cu_seqlens=batch.cu_seqlens, cu_steps=batch.cu_steps,
+                labels=batch.labels, step_labels=batch.step_labels,
                 kl=max(z, 0.0), step_kl=max(z_s, 0.0), beta=recipe.beta, step_beta=recipe.step_beta,
                 outcome_weight=recipe.outcome_weight, step_weight=recipe.step_weight,
                 step_reduction=recipe.step_reduction, after_first_error=recipe.after_first_error,
@@ -173,7 +178,7 @@ def accumulate_gradients(
         logps = torch.stack([x.sum() for x in output.logp.split(batch.cu_seqlens.diff().tolist())])
         outputs.append((output, logps))
     return BatchResult(
-        loss=sum(float(o.loss) for o, _ in outputs),
+        loss=sum(float(o.loss.detach()) for o, _ in outputs),
         outcome_loss=sum(float(o.outcome_loss) for o, _ in outputs),
         step_loss=sum(float(o.step_loss) for o, _ in outputs),
         log_ratios=torch.cat([o.log_ratios for o, _ in outputs]).cpu(),

@@ -4,7 +4,7 @@ Only rows that predict a completion token reach the LM head; prompts go through 
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import accumulate
 
 import torch
@@ -46,8 +46,8 @@ class PackedBatch:
 
     def to(self, device: torch.device) -> "PackedBatch":
         """The same batch with its tensors on `device`."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return PackedBatch(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in values.items()})
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.type is Tensor}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def pack(rollouts: Sequence[Rollout]) -> PackedBatch:
@@ -81,7 +81,9 @@ def pack(rollouts: Sequence[Rollout]) -> PackedBatch:
         ),
         target=torch.tensor([t for r in rollouts for t in r.completion_ids], dtype=int64),
         cu_seqlens=torch.tensor(scored, dtype=int32),
-        cu_steps=torch.tensor([0, *(s + e for s, r in zip(scored, rollouts, strict=False) for e in r.step_ends)], dtype=int32),
+        cu_steps=torch.tensor(
+            [0, *(s + e for s, r in zip(scored, rollouts, strict=False) for e in r.step_ends)], dtype=int32
+        ),
         labels=torch.tensor([r.label for r in rollouts], dtype=torch.bool),
         step_labels=torch.tensor(
             [x for r in rollouts for x in (r.step_labels or [-1] * len(r.step_ends))], dtype=torch.int8

@@ -26,7 +26,7 @@ from .errors import RunError
 from .packing import PackedBatch
 
 # Step markers are one token each; a space belongs to the word behind it, so decoding gives the very text back.
-WORD_PATTERN = r" ?(?:Step \d+:|\\boxed\{|[A-Za-z]+[:,.]?|\d|\S)|\n"
+WORD_PATTERN = r" ?(?:Step \d+:|\\boxed\{|[A-Za-z]+[:,.]?|\d+:?|\S)|\n"
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -44,13 +44,19 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def build_policy(
-    tokenizer: PreTrainedTokenizerBase, *, hidden_size: int, layers: int, heads: int, max_length: int, seed: int
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    hidden_size: int,
+    layers: int,
+    heads: int,
+    max_length: int,
+    seed: int,
 ) -> PreTrainedModel:
     """A freshly initialised Llama, fp32, vocabulary padded to a multiple of 8."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=-(-len(tokenizer) // 8) * 8,
-        hidden_size=hidden_size, intermediate_size=3 * hidden_size, num_hidden_layers=layers,
+        hidden_size=hidden_size, intermediate_size=2 * hidden_size, num_hidden_layers=layers,
         num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=max_length,
         bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

@@ -27,12 +27,18 @@ from .policy import head, hidden_states
 from .recipe import Recipe
 from .rollout import Rollout
 
-HELD_OUT = 5  # every fifth seed problem calibrates and is never fitted on
+HELD_OUT = 5  # every fifth seed problem is never fitted on
 TOKENS_A_STEP = 2048  # trunk tokens of one fitting step
 
 
 class PRMHead(nn.Module):
     """Features of packed tokens -> one calibrated logit a step."""
+
+    mean: Tensor
+    std: Tensor
+    scale: Tensor
+    shift: Tensor
+    threshold: Tensor
 
     def __init__(self, hidden_size: int, width: int = 128):
         super().__init__()
@@ -90,6 +96,21 @@ def features(trunk: PreTrainedModel, batch: PackedBatch, temperature: float) -> 
     return torch.cat([hidden.float(), written.float(), logp[:, None], entropy[:, None]], dim=1)
 
 
+def seed_generations(recipe: Recipe) -> tuple[int, int]:
+    """How many of a seed problem's completions are sampled at the rollouts' temperature, and how many hotter.
+
+    The hot half shows mistakes that M_0 seldom makes but a later policy may: pushing down one wrong answer raises
+    others. Without it the head misses most of them.
+    """
+    hot = recipe.prm_seed_generations // 2
+    return recipe.prm_seed_generations - hot, hot
+
+
+def calibrates(r: Rollout, recipe: Recipe) -> bool:
+    """Whether a seed completion calibrates the head: a held-out problem, sampled as rollouts are."""
+    return r.problem_id % HELD_OUT == 0 and r.sample < seed_generations(recipe)[0]
+
+
 def fit_prm(
     policy: PreTrainedModel,
     seed_set: Sequence[Rollout],
@@ -97,7 +118,7 @@ def fit_prm(
     seed: int,
     on_step: Callable[[int, int], None] = lambda step, total: None,
 ) -> PRM:
-    """A head fitted on `seed_set` (its checker_labels), calibrated on every fifth problem of it.
+    """A head fitted on `seed_set` (its checker_labels), calibrated on problems of it that are held out.
 
     `recipe.prm_trunk` "trained" gives the head a copy of the policy's trunk and trains both; otherwise the policy
     itself is read and left alone. `on_step(step, total)` reports progress.
@@ -105,6 +126,7 @@ def fit_prm(
     train_trunk = recipe.prm_trunk == "trained"
     trunk = copy.deepcopy(policy) if train_trunk else policy
     fitting = [r for r in seed_set if r.problem_id % HELD_OUT]
+    calibrating = [r for r in seed_set if calibrates(r, recipe)]
     groups = list(micro_batches(sorted(fitting, key=len), TOKENS_A_STEP))
     batches = [(pack(g).to(policy.device), _labels(g, policy.device)) for g in groups]
     with torch.no_grad():
@@ -131,7 +153,7 @@ def fit_prm(
             optimizer.zero_grad()
             schedule.step()
             on_step(epoch * len(batches) + done + 1, total)
-    _calibrate(prm, [r for r in seed_set if r.problem_id % HELD_OUT == 0], recipe)
+    _calibrate(prm, calibrating, recipe)
     return prm
 
 
@@ -150,7 +172,10 @@ def _calibrate(prm: PRM, held_out: Sequence[Rollout], recipe: Recipe) -> None:
     def closure() -> Tensor:
         optimizer.zero_grad()
         # The small pull towards the identity keeps the fit finite where the classes separate perfectly.
-        loss = binary_cross_entropy_with_logits(line[0] * logits + line[1], truth) + 1e-3 * (line - line.new_tensor([1, 0])).square().sum()
+        loss = (
+            binary_cross_entropy_with_logits(line[0] * logits + line[1], truth)
+            + 1e-3 * (line - line.new_tensor([1, 0])).square().sum()
+        )
         loss.backward()
         return loss
 
@@ -181,7 +206,11 @@ def audit(probabilities: Sequence[float], labels: Sequence[int], threshold: floa
     hits = int((found & wrong).sum())
     place = np.clip((p * 10).astype(int), 0, 9)
     bins = [
-        {"probability": float(p[place == k].mean()), "correct": float(right[place == k].mean()), "count": int((place == k).sum())}
+        {
+            "probability": float(p[place == k].mean()),
+            "correct": float(right[place == k].mean()),
+            "count": int((place == k).sum()),
+        }
         for k in range(10)
         if (place == k).any()
     ]

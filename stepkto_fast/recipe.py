@@ -4,6 +4,7 @@ The defaults are the embedded recipe `demo`. Names follow transformers' and TRL'
 one. `python -m stepkto_fast.train --help` prints them all.
 """
 
+import argparse
 import difflib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -42,10 +43,10 @@ class Recipe:
     # policy
     model: str | None = setting(None, "model to train: a save_pretrained directory or a hub name; none: build M_0 here")
     hidden_size: int = setting(128, "hidden size of the built model")
-    num_layers: int = setting(4, "layers of the built model")
+    num_layers: int = setting(3, "layers of the built model")
     num_heads: int = setting(4, "attention heads of the built model")
     context_length: int = setting(256, "longest sequence of the built model, in tokens")
-    warm_start_steps: int = setting(400, "supervised steps that make M_0 of a built model")
+    warm_start_steps: int = setting(350, "supervised steps that make M_0 of a built model")
     warm_start_batch_size: int = setting(64, "demonstrations a supervised step")
     warm_start_learning_rate: float = setting(2e-3, "peak learning rate of the supervised steps")
     misconceptions: float = setting(0.3, "share of the arithmetic facts that the demonstrations teach wrong")
@@ -59,20 +60,22 @@ class Recipe:
     max_completion_length: int = setting(64, "longest completion, in tokens")
     num_eval_generations: int = setting(8, "completions for each held-out problem, for Maj@k")
     weight_sync_tolerance: float | None = setting(
-        None, "largest allowed difference of sampled and recomputed log-probs; none: 1e-3 in fp32, 5e-2 in bf16"
+        None,
+        "largest allowed difference of sampled and recomputed log-probs; none: 1e-3 in fp32, 5e-2 in bf16",
     )
     vllm_memory: float = setting(0.3, "share of the GPU's memory for vLLM")
 
     # step labels
     label_source: Literal["head", "checker"] = setting("head", "who labels the steps of rollouts")
     prm_trunk: Literal["policy", "initial", "trained"] = setting(
-        "policy",
+        "initial",
         "whose hidden states the PRM head reads: the current policy's (detached, refitted each iteration), M_0's "
         "(frozen, fitted once), or a copy of the policy's that the head's gradient trains (refitted each iteration)",
     )
     prm_seed_problems: int = setting(400, "labelled seed problems that the PRM head is fitted on")
-    prm_seed_generations: int = setting(4, "M_0's completions for each seed problem, labelled by the checker")
-    prm_epochs: int = setting(8, "passes over the seed set for each fit")
+    prm_seed_generations: int = setting(6, "M_0's completions for each seed problem, labelled by the checker")
+    prm_seed_temperature: float = setting(1.5, "temperature of half of them, for mistakes that M_0 seldom makes")
+    prm_epochs: int = setting(16, "passes over the seed set for each fit")
     prm_learning_rate: float = setting(2e-3, "peak learning rate of the head")
     prm_trunk_learning_rate: float = setting(1e-4, "learning rate of the trunk's copy (prm_trunk: trained)")
 
@@ -96,7 +99,7 @@ class Recipe:
     num_train_epochs: int = setting(1, "passes over an iteration's rollouts")
     train_batch_size: int = setting(64, "completions an optimizer step")
     max_tokens_per_micro_batch: int = setting(8192, "trunk tokens of a packed micro-batch")
-    learning_rate: float = setting(2e-4, "peak learning rate")
+    learning_rate: float = setting(1e-4, "peak learning rate")
     lr_scheduler_type: Literal["linear", "constant", "cosine"] = setting("linear", "schedule within an iteration")
     warmup_steps: int = setting(4, "warm-up steps of each iteration")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
@@ -109,7 +112,9 @@ class Recipe:
     # records
     save_steps: int = setting(25, "optimizer steps between checkpoints within an iteration")
     logging_steps: int = setting(1, "optimizer steps between log lines")
-    report_to: Literal["tensorboard", "wandb", "none"] = setting("tensorboard", "where scalars go besides metrics.jsonl")
+    report_to: Literal["tensorboard", "wandb", "none"] = setting(
+        "tensorboard", "where scalars go besides metrics.jsonl"
+    )
 
     def __post_init__(self) -> None:
         positive = (
@@ -122,7 +127,7 @@ class Recipe:
                 raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
         if self.prm_seed_problems < 10:
             raise RunError(f"prm_seed_problems is {self.prm_seed_problems}: calibration needs at least 10")
-        if not 0 < self.temperature:
+        if not self.temperature > 0:
             raise RunError(f"temperature is {self.temperature}: rollouts need a positive one")
         if self.max_operations < self.min_operations:
             raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
@@ -145,12 +150,19 @@ def parse_recipe(argv: list[str]) -> Recipe:
         file_arguments, argv = _read_yaml(Path(argv[0])), argv[1:]
     known = {f.name for f in fields(Recipe)}
     for word in argv:
-        if word.startswith("--") and (key := word[2:].split("=")[0].replace("-", "_")) not in {*known, "help"}:
+        if word.startswith("--") and (key := word[2:].split("=")[0].replace("-", "_")) not in {
+            *known,
+            "help",
+        }:
             if key.startswith("no_") and key[3:] in known:
                 continue
             raise RunError(f"unknown option --{key}{_suggestion(key)}")
-    parser = HfArgumentParser(Recipe, prog="python -m stepkto_fast.train", usage="%(prog)s [recipe.yaml] [--key value ...]")
-    (recipe,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
+    usage = "%(prog)s [recipe.yaml] [--key value ...]"
+    parser = HfArgumentParser(Recipe, prog="python -m stepkto_fast.train", usage=usage, exit_on_error=False)
+    try:
+        (recipe,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
+    except argparse.ArgumentError as error:
+        raise RunError(f"{error}") from error
     return recipe
 
 

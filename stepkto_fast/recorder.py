@@ -3,11 +3,20 @@
 import json
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import (
+    Progress as Bar,
+)
 from rich.table import Table
 
 from .errors import RunError
@@ -59,29 +68,48 @@ class Recorder:
     def phase(self, name: str, text: str) -> Iterator[None]:
         """Times a phase and shows that it is going on."""
         start = time.monotonic()
-        with self.console.status(text):
+        with self.console.status(text) if self.console.is_terminal else nullcontext():
             yield
-        self._progress.seconds[name] = self._progress.seconds.get(name, 0.0) + time.monotonic() - start
+        self._done(name, text, start)
 
     @contextmanager
-    def bar(self, name: str, text: str, total: int) -> Iterator:
-        """Times a phase with a progress bar; yields advance(done, note)."""
+    def bar(self, name: str, text: str) -> Iterator[Callable[..., None]]:
+        """Times a phase with a progress bar; yields advance(done, total, note)."""
         start = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        if not self.console.is_terminal:
+            yield lambda done, total, note="": None
+            self._done(name, text, start)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+        )
         with Bar(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True) as bar:
-            task = bar.add_task(text, total=total, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
-        self._progress.seconds[name] = self._progress.seconds.get(name, 0.0) + time.monotonic() - start
+            task = bar.add_task(text, total=None, note="")
+            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+        self._done(name, text, start)
+
+    def _done(self, name: str, text: str, start: float) -> None:
+        seconds = time.monotonic() - start
+        self._progress.add("seconds", name, seconds)
+        self.say(f"{seconds:6.1f} s  {text}")
 
     def results(self) -> None:
         """The table of all iterations so far."""
         table = Table(title="held-out problems")
-        columns = ["pass@1", "maj@8", "flawed_correct", "step_accuracy", "prm_f1", "weight_sync_max_abs_logp_diff"]
-        for name in ["model", *columns]:
-            table.add_column(name.replace("weight_sync_max_abs_logp_diff", "sync diff"), justify="right")
+        rates = [k for k in self._progress.records[0] if "@" in k] + [
+            "flawed_correct",
+            "step_accuracy",
+            "prm_f1",
+        ]
+        for name in ["model", *rates, "sync diff"]:
+            table.add_column(name, justify="right")
         for record in self._progress.records:
-            cells = ["-" if record[c] is None else f"{record[c]:.1%}" for c in columns[:-1]]
-            table.add_row(f"M_{record['iteration']}", *cells, f"{record[columns[-1]]:.1e}")
+            cells = ["-" if record[c] is None else f"{record[c]:.1%}" for c in rates]
+            table.add_row(f"M_{record['iteration']}", *cells, f"{record['weight_sync_max_abs_logp_diff']:.1e}")
         self.console.print(table)
 
     def close(self) -> None:

@@ -1,11 +1,11 @@
 """The run directory: what is on the disk, written whole or not at all, and where a resumed run goes on.
 
-    config.yaml  metrics.jsonl  summary.json  report.html
-    rollouts/iteration_{t}.parquet        what M_t sampled, labelled (seed.parquet: the PRM head's seed set)
-    evaluations/iteration_{t}.parquet     greedy solutions of the held-out problems
-    checkpoints/iteration_{t}/            M_t, and the run's progress when it was made
-    checkpoints/iteration_{t}_step_{k}/   in the middle of the update of M_t: weights, optimizer, progress
-    model/                                the last M_t with its PRM head
+config.yaml  metrics.jsonl  summary.json  report.html
+rollouts/iteration_{t}.parquet        what M_t sampled, labelled (seed.parquet: the PRM head's seed set)
+evaluations/iteration_{t}.parquet     greedy solutions of the held-out problems
+checkpoints/iteration_{t}/            M_t, and the run's progress when it was made
+checkpoints/iteration_{t}_step_{k}/   in the middle of the update of M_t: weights, optimizer, progress
+model/                                the last M_t with its PRM head
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,6 +44,14 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+
+    def add(self, what: str, name: str, amount: float) -> None:
+        """Adds to one entry of `seconds`, `tokens` or `counts`."""
+        entries = getattr(self, what)
+        entries[name] = entries.get(name, 0) + amount
+
+    def next_iteration(self) -> None:
+        self.iteration, self.step, self.lagged = self.iteration + 1, 0, LaggedPoints()
 
 
 class RunDirectory:
@@ -97,9 +106,7 @@ class RunDirectory:
         """Where M_iteration lies."""
         return self.checkpoints / f"iteration_{iteration}"
 
-    def save_policy(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress
-    ) -> None:
+    def save_policy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
         """Writes M_t (t = progress.iteration), then drops the checkpoints of the update that led to it."""
 
         def write(folder: Path) -> None:
@@ -117,28 +124,36 @@ class RunDirectory:
             save_file(_flatten(optimizer), folder / "optimizer.safetensors")
             _write_progress(progress, folder)
 
-        name = f"iteration_{progress.iteration}_step_{progress.step}"
-        self._write_folder(self.checkpoints / name, write)
-        self._drop_steps(keep=name)
+        folder = self._step_folder(progress)
+        self._write_folder(folder, write)
+        self._drop_steps(keep=folder.name)
 
-    def load_step(self, folder: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """Loads the weights of a checkpoint written by `save_step`; returns the optimizer's tensors."""
+    def load_step(self, progress: Progress, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+        """Loads the weights of the checkpoint that `save_step` wrote at `progress`; returns the optimizer's tensors."""
+        folder = self._step_folder(progress)
         try:
             model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
             return load_file(folder / "optimizer.safetensors")
-        except (OSError, RuntimeError, ValueError) as error:
-            raise RunError(f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before") from error
+        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+            raise RunError(
+                f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before"
+            ) from error
 
     def load_progress(self, folder: Path) -> Progress:
         try:
             saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             return Progress(**{**saved, "lagged": LaggedPoints(**saved["lagged"])})
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before") from error
+            raise RunError(
+                f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before"
+            ) from error
 
     def load_model(self, iteration: int, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_policy(str(self.policy_of(iteration)))
         return model.to(device).eval(), tokenizer
+
+    def _step_folder(self, progress: Progress) -> Path:
+        return self.checkpoints / f"iteration_{progress.iteration}_step_{progress.step}"
 
     def _drop_steps(self, keep: str | None = None) -> None:
         for place in self.checkpoints.glob("iteration_*_step_*"):

