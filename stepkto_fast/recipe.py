@@ -127,8 +127,9 @@ class Recipe:
                 raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
         if self.prm_seed_problems < 10:
             raise RunError(f"prm_seed_problems is {self.prm_seed_problems}: calibration needs at least 10")
-        if not self.temperature > 0:
-            raise RunError(f"temperature is {self.temperature}: rollouts need a positive one")
+        for key in ("temperature", "prm_seed_temperature", "learning_rate", "beta", "step_beta"):
+            if not getattr(self, key) > 0:
+                raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
         if self.max_operations < self.min_operations:
             raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
         if self.loss_type == "apo_zero_unpaired" and self.reference_points != "zero":

@@ -99,6 +99,7 @@ def test_zero_and_lagged_points(model, rollouts):
     assert (lagged.outcome, lagged.step) == pytest.approx((0.38, -0.19))
 
 
+@torch.no_grad()
 def test_exact_points_are_the_mean_kl_of_completions_and_steps(model, rollouts):
     reference = copy.deepcopy(model)
     with torch.no_grad():

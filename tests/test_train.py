@@ -257,7 +257,7 @@ def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
         (["--learning_rat", "1"], "unknown option --learning_rat; did you mean 'learning_rate'?"),
         (["--train_file", "none.jsonl"], "problem file 'none.jsonl' does not exist"),
         (["--device", "cuda:7"], "not available"),
-        (["--model", "none", "--engine", "transformers"], "cannot load model 'none'"),
+        (["--model", "no/such/model"], "cannot load model 'no/such/model'"),
         (["--resume", "true"], "nothing to resume"),
         ([SMOKE, *TINY, "--max_completion_length", "125"], "no prompt fits"),
     ],

@@ -1,0 +1,362 @@
+"""The report of a run: one self-contained HTML page, `report.html`, written from the files of a run directory.
+
+`python -m stepkto_fast.report RUN_DIR` writes it again at any time; the same files give the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+
+from . import report_figures as figures
+from .errors import RunError
+from .report_data import Run, Solution, mapping, number, read_run
+
+STATES = ("clean", "flawed", "wrong")
+
+# Kinds of held-out problems shown, as (state under M_0, state under the last model) -> (title, how many).
+# Problems of a kind are taken in file order; places a kind cannot fill go to the kinds in this order.
+SHOWN_PAIRS = {
+    ("wrong", "clean"): ("Fixed: wrong before, every step right now", 2),
+    ("flawed", "clean"): ("Reasoning repaired: right both times, but before with a wrong step", 2),
+    ("wrong", "wrong"): ("Still wrong", 1),
+    ("clean", "wrong"): ("Unlearned: right before, wrong now", 1),
+    ("wrong", "flawed"): ("Right now, but for a wrong reason", 1),
+    ("flawed", "wrong"): ("A wrong step that used to get away with it", 0),
+    ("clean", "flawed"): ("Right both times, now with a wrong step", 0),
+    ("flawed", "flawed"): ("Right both times, with a wrong step both times", 1),
+    ("clean", "clean"): ("Every step right both times", 0),
+}
+SHOWN_ALONE = {
+    ("flawed", "flawed"): ("Right answer with a wrong step", 3),
+    ("wrong", "wrong"): ("Wrong answer", 3),
+    ("clean", "clean"): ("Every step right", 2),
+}
+SHOWN = 8
+
+# Title, key in summary.json, whether more is better.
+RATES = (
+    ("Pass@1", "pass@1", True),
+    ("Maj@8", "maj@8", True),
+    ("Step accuracy", "step_accuracy", True),
+    ("Right with a wrong step", "flawed_correct", False),
+)
+HEAD_COLUMNS = ("f1", "precision", "recall", "auroc", "ece", "threshold")
+
+
+def percent(value: float | None, digits: int = 0) -> str:
+    """A fraction of 1 in percent, with a narrow space before the sign; a dash when undefined."""
+    return "\u2013" if value is None else f"{100 * value:.{digits}f}\u202f%"
+
+
+def points(change: float | None) -> str:
+    """A change of a fraction of 1 in percentage points, signed; a dash when undefined."""
+    if change is None:
+        return "\u2013"
+    rounded = f"{abs(100 * change):.1f}"
+    return "0.0" if rounded == "0.0" else ("\u2212" if change < 0 else "+") + rounded
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number to so many significant digits, thousands apart; a dash when undefined."""
+    if value is None:
+        return "\u2013"
+    if value != 0 and not 1e-3 <= abs(value) < 10**digits:
+        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e") if abs(value) < 1 else f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as people say them; a dash when undefined."""
+    if seconds is None:
+        return "\u2013"
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def wilson(rate: float, count: float) -> tuple[float, float]:
+    """The 95 % Wilson interval of a rate seen in `count` independent trials (count > 0)."""
+    z = 1.96
+    centre = (rate + z * z / (2 * count)) / (1 + z * z / count)
+    reach = z / (1 + z * z / count) * math.sqrt(rate * (1 - rate) / count + z * z / (4 * count * count))
+    return max(0.0, centre - reach), min(1.0, centre + reach)
+
+
+def _moved(name: str, first: float | None, last: float | None) -> str | None:
+    if first is None or last is None:
+        return None
+    digits = 0 if percent(first) != percent(last) else 1
+    if percent(first, digits) == percent(last, digits):
+        return f"{name} stayed at {percent(last, digits)}"
+    verb = "rose" if last > first else "fell"
+    return f"{name} {verb} from {percent(first, digits)} to {percent(last, digits)}"
+
+
+def headline(passed: Sequence[float | None], flawed: Sequence[float | None]) -> str:
+    """The result in one sentence, from Pass@1 and flawed_correct by iteration; undefined rates are left out."""
+    if len(passed) > 1:
+        said = [
+            _moved("Pass@1", passed[0], passed[-1]),
+            _moved("right answers with a wrong step", flawed[0], flawed[-1]),
+        ]
+    else:
+        said = [
+            None if passed[0] is None else f"{figures.model(0)} solves {percent(passed[0])} of the held-out problems",
+            None if flawed[0] is None else f"{percent(flawed[0])} of its right answers have a wrong step",
+        ]
+    sentence = "; ".join(part for part in said if part) or "A run without a defined result"
+    return sentence[0].upper() + sentence[1:]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A held-out problem to show: why it was chosen, and its solution under each shown model."""
+
+    reason: str
+    solutions: list[tuple[int, Solution]]
+
+
+def choose_samples(solutions: dict[int, list[Solution]]) -> list[Sample]:
+    """At most SHOWN problems, by kind of change and in file order: no hand and no chance is in the choice."""
+    first, last = min(solutions), max(solutions)
+    pairs = list(zip(solutions[first], solutions[last], strict=True))
+    kinds = SHOWN_PAIRS if first != last else SHOWN_ALONE
+    rows: dict[tuple[str, str], list[int]] = {kind: [] for kind in kinds}
+    for row, (before, after) in enumerate(pairs):
+        rows[before.state, after.state].append(row)
+    taken = {kind: rows[kind][:count] for kind, (_, count) in kinds.items()}
+    for kind in kinds:
+        free = SHOWN - sum(map(len, taken.values()))
+        taken[kind] = rows[kind][: len(taken[kind]) + free]
+    shown = [first, last] if first != last else [first]
+    return [
+        Sample(title, [(t, solutions[t][row]) for t in shown])
+        for kind, (title, _) in kinds.items()
+        for row in taken[kind]
+    ]
+
+
+def _rates(run: Run) -> list[dict[str, Any]]:
+    problems = number(run.summary, "held_out_problems", str(run.summary_path))
+    steps = [record["iteration"] for record in run.iterations]
+    passed = run.rates("pass@1")
+    rates = []
+    for title, key, more_is_better in RATES:
+        values = run.rates(key)
+        trials = {"pass@1": [problems] * len(values), "maj@8": [problems] * len(values)}.get(key)
+        if key == "flawed_correct" and problems:
+            trials = [None if p is None else round(p * problems) for p in passed]
+        intervals = None
+        if trials is not None:
+            intervals = [wilson(v, n) if v is not None and n else None for v, n in zip(values, trials, strict=True)]
+        first, last = values[0], values[-1]
+        change = None if first is None or last is None else last - first
+        rates.append(
+            {
+                "title": title,
+                "values": values,
+                "first": first,
+                "last": last,
+                "change": change,
+                "verdict": None if not change else "better" if (change > 0) == more_is_better else "worse",
+                "more_is_better": more_is_better,
+                "dumbbell": figures.dumbbell(first, last) if first is not None and last is not None else None,
+                "figure": figures.by_iteration(title, steps, values, percent, top=1.0, intervals=intervals),
+            }
+        )
+    return rates
+
+
+def _training(run: Run) -> list[dict[str, Any]]:
+    iterations = sorted({record["iteration"] for record in run.training})
+
+    def trace(label: str, style: str, key: str) -> figures.Trace:
+        segments: list[list[figures.Point]] = [[] for _ in iterations]
+        for record in run.training:
+            value = number(record, key, f"{run.metrics_path}, step {record['step']}")
+            if value is not None:
+                segments[iterations.index(record["iteration"])].append((float(record["step"]), value))
+        return figures.Trace(label, style, segments)
+
+    wanted = [
+        (
+            "Loss",
+            None,
+            [
+                ("total", "accent", "loss"),
+                ("outcome", "second", "loss/outcome"),
+                ("step", "third", "loss/step"),
+            ],
+        ),
+        (
+            "Reward margin, right minus wrong",
+            None,
+            [("outcome", "second", "rewards/margins"), ("step", "third", "step_rewards/margins")],
+        ),
+        (
+            "Outcome reward",
+            (0, 1),
+            [("right", "clean", "rewards/chosen"), ("wrong", "wrong", "rewards/rejected")],
+        ),
+        (
+            "Step reward",
+            (0, 1),
+            [("right", "clean", "step_rewards/chosen"), ("wrong", "wrong", "step_rewards/rejected")],
+        ),
+    ]
+    drawn = []
+    for title, band, lines in wanted:
+        traces = [trace(*line) for line in lines]
+        if any(segment for each in traces for segment in each.segments):
+            drawn.append({"title": title, "figure": figures.training(title, traces, band=band)})
+    return drawn
+
+
+def _head(run: Run) -> list[dict[str, Any]]:
+    heads = []
+    for index, record in enumerate(run.iterations):
+        where = f"{run.summary_path}, iterations[{index}]"
+        prm = mapping(record, "prm", where)
+        bins = []
+        for place, entry in enumerate(prm.get("bins") or []):
+            if not isinstance(entry, dict):
+                raise RunError(f"{where}, prm.bins[{place}] is {entry!r}; write an object or leave 'bins' out")
+            values = [number(entry, key, f"{where}, prm.bins[{place}]") for key in ("probability", "correct", "count")]
+            p, share, count = values
+            if p is not None and share is not None and count:
+                bins.append((p, share, count))
+        columns = {key: number(prm, key, f"{where}, prm") for key in HEAD_COLUMNS}
+        if columns["f1"] is None:
+            columns["f1"] = number(record, "prm_f1", where)
+        name = figures.model(record["iteration"])
+        if bins or any(value is not None for value in columns.values()):
+            figure = figures.reliability(name, bins) if bins else None
+            heads.append({"name": name, "columns": columns, "figure": figure})
+    return heads
+
+
+def _drift(run: Run) -> list[dict[str, Any]]:
+    steps = [record["iteration"] for record in run.iterations]
+    wanted: list[tuple[str, str, Callable[[float], str]]] = [
+        ("Completion length, tokens", "completion_length", significant),
+        ("KL from the first model, nats a completion", "kl_from_initial", significant),
+    ]
+    return [
+        {"title": title, "figure": figures.by_iteration(title, steps, run.rates(key), form)}
+        for title, key, form in wanted
+        if any(value is not None for value in run.rates(key))
+    ]
+
+
+def _phases(run: Run) -> list[dict[str, Any]]:
+    where = f"{run.summary_path}, phase_seconds"
+    recorded = mapping(run.summary, "phase_seconds", str(run.summary_path))
+    spent = [(name.replace("_", " "), number(recorded, name, where)) for name in recorded]
+    phases = [(name, seconds) for name, seconds in spent if seconds is not None]
+    total = number(run.summary, "seconds", str(run.summary_path)) or 0.0
+    if phases and (rest := total - sum(seconds for _, seconds in phases)) > 0.005 * total:
+        phases.append(("everything else", rest))
+    whole = sum(seconds for _, seconds in phases) or 1.0
+    return [{"name": name, "seconds": seconds, "share": seconds / whole} for name, seconds in phases]
+
+
+def _context(run: Run) -> dict[str, Any]:
+    where = str(run.summary_path)
+    speeds = mapping(run.summary, "tokens_per_second", where)
+    evaluated = list(run.solutions)
+    states = [[solution.state for solution in rows] for rows in run.solutions.values()]
+    samples = choose_samples(run.solutions) if run.solutions else []
+    longest = max((len(s) for sample in samples for _, one in sample.solutions for s in one.steps), default=0)
+    thresholds = {
+        record["iteration"]: number(mapping(record, "prm", where), "threshold", f"{where}, prm")
+        for record in run.iterations
+    }
+    passed = run.rates("pass@1")
+    problems = number(run.summary, "held_out_problems", where)
+    interval = wilson(passed[-1], problems) if passed[-1] is not None and problems else None
+    return {
+        "summary": run.summary,
+        "facts": {key: number(run.summary, key, where) for key in ("seconds", "model_parameters", "seed")},
+        "problems": problems,
+        "interval": interval,
+        "headline": headline(passed, run.rates("flawed_correct")),
+        "names": [figures.model(record["iteration"]) for record in run.iterations],
+        "rates": _rates(run),
+        "flow": figures.flow(evaluated, states, STATES) if len(states) > 1 else None,
+        "state_counts": [Counter(column) for column in states],
+        "training": _training(run) if run.training else [],
+        "truncated_lines": run.truncated_lines,
+        "head": _head(run),
+        "head_columns": HEAD_COLUMNS,
+        "drift": _drift(run),
+        "samples": samples,
+        "long_steps": longest > 48,
+        "thresholds": thresholds,
+        "phases": _phases(run),
+        "speeds": {name: number(speeds, name, f"{where}, tokens_per_second") for name in speeds},
+        "sync": run.rates("weight_sync_max_abs_logp_diff"),
+        "counts": mapping(run.summary, "counts", where),
+        "config": run.config,
+    }
+
+
+def render(run: Run) -> str:
+    """The page as text. Everything that comes from the run is escaped."""
+    template = Path(__file__).with_name("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "percent": percent,
+        "points": points,
+        "significant": significant,
+        "duration": duration,
+        "model": figures.model,
+    }
+    return str(Markup(environment.from_string(template).render(_context(run))))
+
+
+def write_report(run_dir: str | Path) -> Path:
+    """Write `run_dir/report.html` and return its path; an earlier report stays whole until the new one is complete.
+
+    Raises RunError naming the file, the row or key, and the remedy when the run directory cannot be understood, and
+    OSError when the page cannot be written.
+    """
+    path = Path(run_dir) / "report.html"
+    page = render(read_run(run_dir)).encode("utf-8", errors="replace")
+    unfinished = path.with_name(f".report.{os.getpid()}.html")
+    try:
+        unfinished.write_bytes(page)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line: one run directory; 0 when the report is written, 2 when not, with the reason on stderr."""
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    if len(given) != 1 or given[0].startswith("-"):
+        print("usage: python -m stepkto_fast.report RUN_DIR", file=sys.stderr)
+        return 0 if given in (["-h"], ["--help"]) else 2
+    try:
+        print(write_report(given[0]))
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
