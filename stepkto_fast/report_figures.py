@@ -57,7 +57,9 @@ def _path(points: Sequence[Point], style: str, close: bool = False) -> Markup:
 
 
 def _ticks(low: float, high: float, count: int = 4) -> list[float]:
-    raw = max(high - low, 1e-12) / count
+    if high <= low:  # one value: room around it
+        low, high = low - max(abs(low), 1.0) / 2, low + max(abs(low), 1.0) / 2
+    raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
     step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
     return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
