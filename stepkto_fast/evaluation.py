@@ -1,7 +1,7 @@
 """Evaluation of M_t on held-out problems: greedy Pass@1, Maj@k, flawed right answers, and an audit of the PRM head."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,13 +12,14 @@ from .objective import log_probs
 from .prm import PRM, audit
 from .recipe import Recipe
 from .rollout import Rollout, write_table
-from .sampler import Sampler
+from .sampler import Sampler, no_progress
 from .tasks import arithmetic
 
 
 def evaluate(
     sampler: Sampler, policy: PreTrainedModel, initial: PreTrainedModel, prm: PRM, asked: Sequence[Asked],
     tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, iteration: int, seed: int, solutions: Path,
+    on_progress: Callable[[int, int], None] = no_progress,
 ) -> tuple[dict, int]:  # fmt: skip
     """One entry of summary.json's `iterations`, and how many tokens were sampled for it.
 
@@ -27,7 +28,9 @@ def evaluate(
     """
     greedy = sample_rollouts(sampler, asked, tokenizer, recipe, n=1, temperature=0.0, seed=seed)
     k = recipe.num_eval_generations
-    sampled = sample_rollouts(sampler, asked, tokenizer, recipe, n=k, temperature=recipe.temperature, seed=seed + 1)
+    sampled = sample_rollouts(
+        sampler, asked, tokenizer, recipe, n=k, temperature=recipe.temperature, seed=seed + 1, on_progress=on_progress
+    )
     firsts = sampled[::k]
     own, difference = check_sync(policy, firsts, recipe)
     drift = [float((p - q).sum()) for p, q in zip(own, log_probs(initial, firsts, recipe), strict=True)]

@@ -37,11 +37,12 @@ def _sample_seed_set(s: Session, path: Path) -> None:
         raise RunError(f"{path} is gone: it holds the PRM head's seed set, sampled from M_0; start the run anew")
     asked, _ = ask(s.problems.seed, s.tokenizer, s.initial, s.recipe)
     natural, hot = seed_generations(s.recipe)
-    with s.recorder.phase("seed_set", f"sampling the PRM head's seed set from M_0 ({len(asked)} problems)"):
+    text = f"sampling the PRM head's seed set from M_0 ({len(asked)} problems)"
+    with s.recorder.bar("seed_set", text) as advance:
         drawn = [
             sample_rollouts(
                 s.sampler, asked, s.tokenizer, s.recipe, n=n, temperature=temperature,
-                seed=derived_seed(s.recipe, "seed set", temperature),
+                seed=derived_seed(s.recipe, "seed set", temperature), on_progress=advance,
             )
             for n, temperature in ((natural, s.recipe.temperature), (hot, s.recipe.prm_seed_temperature))
         ]  # fmt: skip
@@ -59,10 +60,11 @@ def _sample_seed_set(s: Session, path: Path) -> None:
 def judge(s: Session, policy: PreTrainedModel, prm: PRM) -> None:
     """Evaluates `policy` = M_t on the held-out problems and records the result."""
     t = s.progress.iteration
-    with s.recorder.phase("evaluation", f"evaluating M_{t} on {len(s.test)} held-out problems"):
+    with s.recorder.bar("evaluation", f"evaluating M_{t} on {len(s.test)} held-out problems") as advance:
         record, tokens = evaluate(
             s.sampler, policy, s.initial, prm, s.test, s.tokenizer, s.recipe, iteration=t,
             seed=derived_seed(s.recipe, "evaluation", t), solutions=s.run.evaluations / f"iteration_{t}.parquet",
+            on_progress=advance,
         )  # fmt: skip
     s.progress.records.append(record)
     s.progress.add("tokens", "evaluation", tokens)
@@ -75,12 +77,11 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM, path: Path) -> None:
     t, recipe = s.progress.iteration, s.recipe
     asked, skipped = ask(s.problems.train[t], s.tokenizer, policy, recipe)
     s.progress.add("counts", "skipped_train_prompts", skipped)
-    with s.recorder.phase(
-        "rollout", f"sampling {recipe.num_generations} completions of {len(asked)} prompts from M_{t}"
-    ):
+    text = f"sampling {recipe.num_generations} completions of {len(asked)} prompts from M_{t}"
+    with s.recorder.bar("rollout", text) as advance:
         sampled = sample_rollouts(
             s.sampler, asked, s.tokenizer, recipe, n=recipe.num_generations, temperature=recipe.temperature,
-            seed=derived_seed(recipe, "rollout", t),
+            seed=derived_seed(recipe, "rollout", t), on_progress=advance,
         )  # fmt: skip
     s.progress.add("tokens", "rollout", sum(len(r.completion_ids) for r in sampled))
     rollouts = usable(sampled)

@@ -45,7 +45,7 @@ class Recipe:
     hidden_size: int = setting(128, "hidden size of the built model")
     num_layers: int = setting(3, "layers of the built model")
     num_heads: int = setting(4, "attention heads of the built model")
-    context_length: int = setting(256, "longest sequence of the built model, in tokens")
+    context_length: int = setting(256, "longest sequence, prompt and completion, in tokens")
     warm_start_steps: int = setting(350, "supervised steps that make M_0 of a built model")
     warm_start_batch_size: int = setting(64, "demonstrations a supervised step")
     warm_start_learning_rate: float = setting(2e-3, "peak learning rate of the supervised steps")

@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
-
 from . import report_figures as figures
 from .errors import RunError
 from .report_data import Run, Solution, mapping, number, read_run
@@ -43,14 +41,33 @@ SHOWN_ALONE = {
 }
 SHOWN = 8
 
-# Title, key in summary.json, whether more is better.
-RATES = (
-    ("Pass@1", "pass@1", True),
-    ("Maj@8", "maj@8", True),
-    ("Step accuracy", "step_accuracy", True),
-    ("Right with a wrong step", "flawed_correct", False),
-)
-HEAD_COLUMNS = ("f1", "precision", "recall", "auroc", "ece", "threshold")
+# Key in summary.json -> title in the table of the PRM head.
+HEAD_COLUMNS = {
+    "f1": "F1",
+    "precision": "Precision",
+    "recall": "Recall",
+    "auroc": "AUROC",
+    "ece": "Calibration error",
+    "threshold": "Threshold",
+}
+# What summary.json names in one word, in words; a name that is not here is shown as it is.
+PHASES = {
+    "warm_start": "making M₀ from demonstrations",
+    "engine": "starting the sampling engine",
+    "seed_set": "sampling solutions to fit the head on",
+    "prm": "fitting the head, judging steps",
+    "evaluation": "evaluating on held-out problems",
+    "rollout": "sampling solutions to train on",
+    "reference": "log-probabilities of the reference",
+    "update": "training",
+}
+SPEEDS = {"rollout": "sampled", "train": "trained on"}
+COUNTS = {
+    "skipped_rows": "Unreadable rows of problem files",
+    "skipped_test_prompts": "Held-out problems too long for the model",
+    "skipped_train_prompts": "Training problems too long for the model",
+    "rollouts_without_steps": "Sampled solutions without text",
+}
 
 
 def percent(value: float | None, digits: int = 0) -> str:
@@ -70,9 +87,13 @@ def significant(value: float | None, digits: int = 3) -> str:
     """A number to so many significant digits, thousands apart; a dash when undefined."""
     if value is None:
         return "\u2013"
-    if value != 0 and not 1e-3 <= abs(value) < 10**digits:
-        return f"{value:.1e}".replace("e-0", "e-").replace("e+0", "e") if abs(value) < 1 else f"{value:,.0f}"
-    return f"{value:.{digits}g}"
+    if abs(value) >= 10 ** (digits - 1):
+        text = f"{value:,.0f}"
+    elif value == 0 or abs(value) >= 1e-3:
+        text = f"{value:.{digits}g}"
+    else:
+        text = f"{value:.1e}".replace("e-0", "e-")
+    return text.replace("-", "\u2212")
 
 
 def duration(seconds: float | None) -> str:
@@ -147,16 +168,33 @@ def choose_samples(solutions: dict[int, list[Solution]]) -> list[Sample]:
     ]
 
 
-def _rates(run: Run) -> list[dict[str, Any]]:
-    problems = number(run.summary, "held_out_problems", str(run.summary_path))
+def _majority(run: Run) -> int | None:
+    """The k of the Maj@k that the run recorded; None when it recorded none."""
+    found = {int(m[1]) for record in run.iterations for key in record if (m := re.fullmatch(r"maj@(\d+)", key))}
+    return max(found, default=None)
+
+
+def _rates(run: Run, problems: float | None, majority: int | None) -> list[dict[str, Any]]:
     steps = [record["iteration"] for record in run.iterations]
     passed = run.rates("pass@1")
+    counted = [problems] * len(steps)
+    right = [None if p is None or problems is None else float(round(p * problems)) for p in passed]
+    # Title, key in summary.json, whether more is better, independent trials behind each value. The steps of a
+    # solution depend on each other: their rate gets no interval.
+    wanted: list[tuple[str, str, bool, list[float | None] | None]] = [
+        ("Pass@1", "pass@1", True, counted),
+        ("Step accuracy", "step_accuracy", True, None),
+        ("Right with a wrong step", "flawed_correct", False, right),
+    ]
+    if majority is not None:
+        wanted.insert(1, (f"Maj@{majority}", f"maj@{majority}", True, counted))
     rates = []
-    for title, key, more_is_better in RATES:
+    for title, key, more_is_better, trials in wanted:
         values = run.rates(key)
-        trials = {"pass@1": [problems] * len(values), "maj@8": [problems] * len(values)}.get(key)
-        if key == "flawed_correct" and problems:
-            trials = [None if p is None else round(p * problems) for p in passed]
+        for index, value in enumerate(values):
+            if value is not None and not 0 <= value <= 1:
+                where = f"{run.summary_path}, iterations[{index}]"
+                raise RunError(f"{where}: {key!r} is {value!r}; write a rate from 0 to 1, or null where undefined")
         intervals = None
         if trials is not None:
             intervals = [wilson(v, n) if v is not None and n else None for v, n in zip(values, trials, strict=True)]
@@ -219,7 +257,7 @@ def _training(run: Run) -> list[dict[str, Any]]:
     for title, band, lines in wanted:
         traces = [trace(*line) for line in lines]
         if any(segment for each in traces for segment in each.segments):
-            drawn.append({"title": title, "figure": figures.training(title, traces, band=band)})
+            drawn.append({"title": title, "figure": figures.training(title, iterations, traces, band=band)})
     return drawn
 
 
@@ -229,9 +267,10 @@ def _head(run: Run) -> list[dict[str, Any]]:
         where = f"{run.summary_path}, iterations[{index}]"
         prm = mapping(record, "prm", where)
         bins = []
-        for place, entry in enumerate(prm.get("bins") or []):
-            if not isinstance(entry, dict):
-                raise RunError(f"{where}, prm.bins[{place}] is {entry!r}; write an object or leave 'bins' out")
+        listed = prm.get("bins") or []
+        if not isinstance(listed, list) or not all(isinstance(entry, dict) for entry in listed):
+            raise RunError(f"{where}, prm: 'bins' is not a list of JSON objects; write one, or leave 'bins' out")
+        for place, entry in enumerate(listed):
             values = [number(entry, key, f"{where}, prm.bins[{place}]") for key in ("probability", "correct", "count")]
             p, share, count = values
             if p is not None and share is not None and count:
@@ -262,13 +301,12 @@ def _drift(run: Run) -> list[dict[str, Any]]:
 def _phases(run: Run) -> list[dict[str, Any]]:
     where = f"{run.summary_path}, phase_seconds"
     recorded = mapping(run.summary, "phase_seconds", str(run.summary_path))
-    spent = [(name.replace("_", " "), number(recorded, name, where)) for name in recorded]
-    phases = [(name, seconds) for name, seconds in spent if seconds is not None]
-    total = number(run.summary, "seconds", str(run.summary_path)) or 0.0
-    if phases and (rest := total - sum(seconds for _, seconds in phases)) > 0.005 * total:
-        phases.append(("everything else", rest))
-    whole = sum(seconds for _, seconds in phases) or 1.0
-    return [{"name": name, "seconds": seconds, "share": seconds / whole} for name, seconds in phases]
+    spent = {name: seconds for name in recorded if (seconds := number(recorded, name, where)) is not None}
+    whole = sum(spent.values()) or 1.0
+    return [
+        {"name": PHASES.get(name, name), "seconds": seconds, "share": seconds / whole}
+        for name, seconds in spent.items()
+    ]
 
 
 def _context(run: Run) -> dict[str, Any]:
@@ -284,17 +322,20 @@ def _context(run: Run) -> dict[str, Any]:
     }
     passed = run.rates("pass@1")
     problems = number(run.summary, "held_out_problems", where)
+    majority = _majority(run)
+    rates = _rates(run, problems, majority)
     interval = wilson(passed[-1], problems) if passed[-1] is not None and problems else None
     return {
-        "summary": run.summary,
+        "recipe": run.summary.get("recipe"),
+        "engine": run.summary.get("engine"),
         "facts": {key: number(run.summary, key, where) for key in ("seconds", "model_parameters", "seed")},
         "problems": problems,
         "interval": interval,
         "headline": headline(passed, run.rates("flawed_correct")),
         "names": [figures.model(record["iteration"]) for record in run.iterations],
-        "rates": _rates(run),
+        "majority": majority,
+        "rates": rates,
         "flow": figures.flow(evaluated, states, STATES) if len(states) > 1 else None,
-        "state_counts": [Counter(column) for column in states],
         "training": _training(run) if run.training else [],
         "truncated_lines": run.truncated_lines,
         "head": _head(run),
@@ -304,9 +345,9 @@ def _context(run: Run) -> dict[str, Any]:
         "long_steps": longest > 48,
         "thresholds": thresholds,
         "phases": _phases(run),
-        "speeds": {name: number(speeds, name, f"{where}, tokens_per_second") for name in speeds},
+        "speeds": {SPEEDS.get(name, name): number(speeds, name, f"{where}, tokens_per_second") for name in speeds},
         "sync": run.rates("weight_sync_max_abs_logp_diff"),
-        "counts": mapping(run.summary, "counts", where),
+        "counts": {COUNTS.get(name, name): count for name, count in mapping(run.summary, "counts", where).items()},
         "config": run.config,
     }
 
@@ -324,7 +365,7 @@ def render(run: Run) -> str:
         "duration": duration,
         "model": figures.model,
     }
-    return str(Markup(environment.from_string(template).render(_context(run))))
+    return environment.from_string(template).render(_context(run))
 
 
 def write_report(run_dir: str | Path) -> Path:
@@ -345,7 +386,7 @@ def write_report(run_dir: str | Path) -> Path:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line: one run directory; 0 when the report is written, 2 when not, with the reason on stderr."""
+    """The command line: one run directory. 0 when the report is written, 1 when not, 2 when called otherwise."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     if len(given) != 1 or given[0].startswith("-"):
         print("usage: python -m stepkto_fast.report RUN_DIR", file=sys.stderr)
@@ -354,7 +395,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(write_report(given[0]))
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return 1
+    except OSError as error:
+        print(f"error: the report cannot be written: {error}; mend that path and call again", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.lib
+import pyarrow as pa
 import pyarrow.parquet
 
 from .errors import RunError
 
-SOLUTION_COLUMNS = (
-    "problem_id",
-    "prompt",
-    "answer",
-    "completion",
-    "steps",
-    "label",
-    "step_labels",
-    "step_probs",
-    "completion_tokens",
+SOLUTION = pa.schema(
+    {
+        "problem_id": pa.int64(),
+        "prompt": pa.string(),
+        "answer": pa.string(),
+        "steps": pa.list_(pa.string()),
+        "label": pa.bool_(),
+        "step_labels": pa.list_(pa.int8()),
+        "step_probs": pa.list_(pa.float32()),
+    }
 )
 
 
@@ -41,7 +41,6 @@ class Solution:
     right: bool
     step_right: tuple[bool, ...]
     probabilities: tuple[float | None, ...]
-    tokens: int | None
 
     @property
     def state(self) -> str:
@@ -56,7 +55,8 @@ class Run:
     """A run directory as read. An absent optional file leaves its field None or empty.
 
     `training` has one record for each optimizer step, ascending; `solutions` maps an iteration to its held-out
-    completions, the same problems in the same order for each; `truncated_lines` counts cut-off lines left out.
+    completions, the same problems in the same order for each; `truncated_lines` is 1 when the last line of
+    metrics.jsonl is cut off, as in a run that was stopped, and was left out.
     """
 
     summary: dict[str, Any]
@@ -149,7 +149,7 @@ def _training(path: Path) -> tuple[list[dict[str, Any]], int]:
             continue
         if not isinstance(record.get("step"), int) or not isinstance(record.get("iteration"), int):
             raise RunError(f"{path}, line {row}: a line with 'loss' needs whole 'step' and 'iteration'; delete it")
-        by_step[record["step"]] = record  # a resumed run writes some steps again: the later line counts
+        by_step[record["step"]] = record  # of a step that was written again, the later line counts
     return [by_step[step] for step in sorted(by_step)], 0
 
 
@@ -162,7 +162,7 @@ def _evaluations(folder: Path, iterations: list[int]) -> dict[int, list[Solution
         rows = _solutions(path)
         for first in list(solutions.values())[:1]:
             if [s.problem_id for s in rows] != [s.problem_id for s in first]:
-                raise RunError(f"{path}: 'problem_id' differs from the first iteration's; evaluate the same problems")
+                raise RunError(f"{path}: its 'problem_id's are not those of the first file; delete one of the two")
         if rows:
             solutions[iteration] = rows
     return solutions
@@ -171,11 +171,11 @@ def _evaluations(folder: Path, iterations: list[int]) -> dict[int, list[Solution
 def _solutions(path: Path) -> list[Solution]:
     try:
         names = pyarrow.parquet.read_schema(path).names
-        if missing := [column for column in SOLUTION_COLUMNS if column not in names]:
-            raise RunError(f"{path}: no column {missing[0]!r}; evaluate again, or delete the file to leave it out")
-        records = pyarrow.parquet.read_table(path, columns=list(SOLUTION_COLUMNS)).to_pylist()
-    except (pyarrow.lib.ArrowException, OSError) as error:
-        raise RunError(f"{path} is not readable parquet ({error}); evaluate again, or delete it") from error
+        if missing := [column for column in SOLUTION.names if column not in names]:
+            raise RunError(f"{path}: no column {missing[0]!r}; delete the file to leave its solutions out")
+        records = pyarrow.parquet.read_table(path, columns=SOLUTION.names).cast(SOLUTION).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise RunError(f"{path} cannot be read ({error}); delete it to leave its solutions out") from error
     return [_solution(record, f"{path}, row {row}") for row, record in enumerate(records)]
 
 
@@ -183,13 +183,13 @@ def _solution(record: dict[str, Any], where: str) -> Solution:
     steps, labels, probabilities = record["steps"], record["step_labels"], record["step_probs"]
     for key in ("problem_id", "steps", "label", "step_labels"):
         if record[key] is None:
-            raise RunError(f"{where}: {key!r} is null; evaluate again, or delete the file to leave it out")
+            raise RunError(f"{where}: {key!r} is null; delete the file to leave its solutions out")
     if probabilities is None:
         probabilities = [None] * len(steps)
     if not len(steps) == len(labels) == len(probabilities):
         raise RunError(
             f"{where}: {len(steps)} 'steps', {len(labels)} 'step_labels' and {len(probabilities)} 'step_probs'; "
-            "they must have one length: evaluate again"
+            "they must have one length; delete the file to leave its solutions out"
         )
     return Solution(
         problem_id=record["problem_id"],
@@ -199,5 +199,4 @@ def _solution(record: dict[str, Any], where: str) -> Solution:
         right=bool(record["label"]),
         step_right=tuple(label == 1 for label in labels),
         probabilities=tuple(p if p is not None and math.isfinite(p) else None for p in probabilities),
-        tokens=record["completion_tokens"],
     )

@@ -52,6 +52,8 @@ def _line(x1: float, y1: float, x2: float, y2: float, style: str) -> Markup:
 
 
 def _path(points: Sequence[Point], style: str, close: bool = False) -> Markup:
+    if len(points) == 1:  # with no length at all it would not be drawn; its round caps make it a dot
+        points = [*points, *points]
     d = "M" + "L".join(f"{x:.1f},{y:.1f}" for x, y in points) + ("Z" if close else "")
     return _tag("path", d=d, class_=style)
 
@@ -61,7 +63,7 @@ def _ticks(low: float, high: float, count: int = 4) -> list[float]:
         low, high = low - max(abs(low), 1.0) / 2, low + max(abs(low), 1.0) / 2
     raw = (high - low) / count
     magnitude = 10.0 ** math.floor(math.log10(raw))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= raw * 0.999)
+    step = next(m * magnitude for m in (1, 2, 5, 10) if m * magnitude >= raw * 0.999)
     return [k * step for k in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
 
 
@@ -90,17 +92,18 @@ def by_iteration(
 ) -> Markup:
     """One quantity by iteration: M_0 hollow with its level carried across, the last model filled.
 
-    `form` writes a value with its unit. The axis runs from 0 to `top`, or to a round number above the values.
+    `form` writes a value with its unit. The axis runs from 0, or a round number below values under 0, to `top` or a
+    round number above the values.
     `intervals` are drawn as whiskers. Undefined values (None) leave a gap.
     """
     known = [v for v in values if v is not None]
-    ticks = _ticks(0.0, top if top is not None else max([*known, 1e-9]), 2)
+    ticks = _ticks(min([0.0, *known]), top if top is not None else max([*known, 0.01]), 2)
     left, right, upper, lower = 38.0, 226.0, 24.0, 142.0
     span = right - left - 30
     xs = [left + 18 + (span * i / (len(values) - 1) if len(values) > 1 else span / 2) for i in range(len(values))]
 
     def y(value: float) -> float:
-        return lower - (lower - upper) * value / ticks[-1]
+        return lower - (lower - upper) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
     parts = []
     for tick in ticks:
@@ -137,39 +140,43 @@ def by_iteration(
     return _svg(240, 166, f"{name} by iteration: {said}", parts)
 
 
-def training(name: str, traces: Sequence[Trace], *, band: tuple[int, int] | None = None) -> Markup:
+def training(
+    name: str, iterations: Sequence[int], traces: Sequence[Trace], *, band: tuple[int, int] | None = None
+) -> Markup:
     """Lines over optimizer steps: raw values faint, a moving mean of each iteration strong, iterations shaded.
 
-    `band` names two traces by index; the gap between their means is tinted. Every trace needs one segment for each
-    iteration; empty segments are allowed, but not in all traces at once.
+    `band` names two traces by index; the gap between their means is tinted. Every trace has one segment for each of
+    `iterations`; empty segments are allowed, but not in all traces at once.
     """
     width, height, left, right, upper, lower = 500.0, 236.0, 44.0, 422.0, 30.0, 198.0
     raw = [point for trace in traces for segment in trace.segments for point in segment]
     first, last = min(x for x, _ in raw), max(x for x, _ in raw)
+    begin, end = first - 0.5, last + 0.5
     ticks = _ticks(min(v for _, v in raw), max(v for _, v in raw))
 
     def at(point: Point) -> Point:
-        x = left + (right - left) * ((point[0] - first) / (last - first) if last > first else 0.5)
+        x = left + (right - left) * (point[0] - begin) / (end - begin)
         return x, lower - (lower - upper) * (point[1] - ticks[0]) / (ticks[-1] - ticks[0])
 
     parts = []
-    for number in range(len(traces[0].segments)):
+    for number, iteration in enumerate(iterations):
         steps = [x for trace in traces for x, _ in trace.segments[number]]
         if not steps:
             continue
-        start, end = at((min(steps) - 0.5, 0))[0], at((max(steps) + 0.5, 0))[0]
-        start, end = max(start, left), min(end, right)
+        x0, x1 = at((min(steps) - 0.5, 0))[0], at((max(steps) + 0.5, 0))[0]
         if number % 2 == 0:
-            size = {"width": end - start, "height": lower - upper}
-            parts.append(_tag("rect", x=start, y=upper, class_="shade", **size))
-        parts.append(_text((start + end) / 2, upper - 9, f"{model(number)} → {model(number + 1)}", "model"))
+            parts.append(_tag("rect", x=x0, y=upper, width=x1 - x0, height=lower - upper, class_="shade"))
+        text = f"{model(iteration)} → {model(iteration + 1)}"
+        if x1 - x0 < 72:  # the arrow needs its room
+            text = model(iteration) if x1 - x0 > 24 else ""
+        parts.append(_text((x0 + x1) / 2, upper - 9, text, "model"))
     digits = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     for tick in ticks:
         level = at((first, tick))[1]
         parts.append(_line(left, level, right, level, "axis" if abs(tick) < 1e-12 else "grid"))
         parts.append(_text(left - 6, level + 4, f"{tick:.{digits}f}".replace("-", "\u2212"), "tick", "end"))
     for tick in _ticks(first, last):
-        if first <= tick <= last:
+        if first <= tick <= last and abs(tick - round(tick)) < 1e-6:
             parts.append(_text(at((tick, 0))[0], lower + 17, f"{tick:g}", "tick"))
     parts.append(_text((left + right) / 2, lower + 34, "optimizer step", "tick"))
 

@@ -1,8 +1,12 @@
 """Sampling: one interface, two engines. vLLM where it is installed, transformers' generate elsewhere."""
 
 import importlib.util
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,23 +25,37 @@ class Sample:
     finished: bool
 
 
+def no_progress(done: int, total: int) -> None:
+    """For callers that show none."""
+
+
 class Sampler(Protocol):
     """What an engine offers. `sync` takes the policy's current weights; `sample` returns n samples a prompt, the same
-    ones for the same weights, prompts and seed. temperature 0 is greedy."""
+    ones for the same weights, prompts and seed. temperature 0 is greedy. `on_progress(done, total)` counts samples."""
 
     name: str
 
     def sync(self, model: PreTrainedModel) -> None: ...
 
     def sample(
-        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]: ...
 
 
-def open_sampler(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: str) -> Sampler:
-    """The engine that `recipe.engine` asks for; `directory` holds a save_pretrained copy of the model for vLLM to open.
+def open_sampler(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, log: Path
+) -> Sampler:
+    """The engine that `recipe.engine` asks for.
 
-    Raises RunError when vLLM is asked for by name and is not installed.
+    `directory` holds a save_pretrained copy of the model for vLLM to open, `log` takes what vLLM prints as it starts.
+    Raises RunError when vLLM is asked for by name and is not installed, or cannot start.
     """
     installed = importlib.util.find_spec("vllm") is not None
     if recipe.engine == "vllm" and not installed:
@@ -46,6 +64,36 @@ def open_sampler(recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTo
         from .sampler_transformers import TransformersSampler
 
         return TransformersSampler(model, tokenizer)
-    from .sampler_vllm import VLLMSampler
+    try:
+        with _output_to(log):
+            from .sampler_vllm import VLLMSampler
 
-    return VLLMSampler(recipe, directory, eos_token_id=tokenizer.eos_token_id)
+            return VLLMSampler(recipe, directory, context_length(recipe, model), tokenizer.eos_token_id)
+    except (ImportError, RuntimeError, ValueError) as error:
+        raise RunError(
+            f"vLLM could not start ({error}); {log} says more. --engine transformers does without it"
+        ) from error
+
+
+def context_length(recipe: Recipe, model: PreTrainedModel) -> int:
+    """The longest sequence, prompt and completion, that the recipe and the model allow."""
+    return min(recipe.context_length, model.config.max_position_embeddings)
+
+
+@contextmanager
+def _output_to(log: Path) -> Iterator[None]:
+    """Sends what the process prints to `log`, what compiled libraries print included."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    try:
+        with open(log, "ab") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for number, saved in enumerate(kept, start=1):
+            os.dup2(saved, number)
+            os.close(saved)

@@ -1,12 +1,12 @@
 """Rollouts by transformers' generate, where vLLM is not installed: slower, the same interface."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import NAME
-from .sampler import Sample
+from .sampler import Sample, no_progress
 
 BATCH = 512  # rows generated together
 
@@ -26,7 +26,14 @@ class TransformersSampler:
 
     @torch.no_grad()
     def sample(
-        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]:
         rows = [prompt for prompt in prompts for _ in range(n)]
         samples: list[Sample] = []
@@ -36,6 +43,7 @@ class TransformersSampler:
                 torch.manual_seed(seed)
                 for start in range(0, len(rows), BATCH):
                     samples += self._generate(rows[start : start + BATCH], temperature, max_tokens)
+                    on_progress(len(samples), len(rows))
         finally:
             self._model.set_attn_implementation(NAME)
         return [samples[k : k + n] for k in range(0, len(samples), n)]

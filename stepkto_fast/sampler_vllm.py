@@ -1,14 +1,16 @@
 """Rollouts by vLLM in this process: weights are handed over in memory, log-probs come back with the tokens."""
 
 import contextlib
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
 from .recipe import Recipe
-from .sampler import Sample
+from .sampler import Sample, no_progress
 
 # Read when vllm is imported: one process (so that weights can be handed over), no network, no chatter.
 for _name, _value in {
@@ -20,6 +22,22 @@ for _name, _value in {
     os.environ.setdefault(_name, _value)
 
 import vllm  # noqa: E402  (the variables above must be set first)
+from tqdm import tqdm  # noqa: E402
+
+
+def _relay(on_progress: Callable[[int, int], None]) -> type[tqdm]:
+    """A bar that draws nothing and passes the count of finished samples on: the only progress vLLM reports."""
+
+    class Relay(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **{**kwargs, "file": io.StringIO()})
+
+        def update(self, n: float = 1) -> bool | None:
+            changed = super().update(n)
+            on_progress(int(self.n), int(self.total))
+            return changed
+
+    return Relay
 
 
 class VLLMSampler:
@@ -27,13 +45,15 @@ class VLLMSampler:
 
     name = "vllm"
 
-    def __init__(self, recipe: Recipe, directory: str, eos_token_id: int):
+    def __init__(self, recipe: Recipe, directory: Path, context_length: int, eos_token_id: int):
         """Starts the engine on the model in `directory` (any weights: `sync` brings the real ones)."""
         threads = torch.get_num_threads()
         self._eos = eos_token_id
         self._llm = vllm.LLM(
-            model=directory,
+            model=str(directory),
+            max_model_len=context_length,
             dtype="bfloat16" if recipe.bf16 else "float32",
+            hf_overrides={"head_dtype": "float32"},  # the trainer never rounds logits to 16 bits either
             seed=recipe.seed,
             skip_tokenizer_init=True,
             trust_remote_code=False,
@@ -53,7 +73,14 @@ class VLLMSampler:
         self._llm.reset_prefix_cache()
 
     def sample(
-        self, prompts: Sequence[list[int]], *, n: int, temperature: float, max_tokens: int, seed: int
+        self,
+        prompts: Sequence[list[int]],
+        *,
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        seed: int,
+        on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]:
         parameters = vllm.SamplingParams(
             n=n, temperature=temperature, max_tokens=max_tokens, detokenize=False,
@@ -62,7 +89,9 @@ class VLLMSampler:
         # In one process vLLM draws from torch's global generator; a generator for each request would be far slower.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)
-            outputs = self._llm.generate([{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=False)
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": p} for p in prompts], parameters, use_tqdm=_relay(on_progress)
+            )
         return [
             [
                 Sample(

@@ -131,7 +131,7 @@ def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
     test, skipped = ask(problems.test, tokenizer, policy, recipe)
     progress.counts |= {"skipped_rows": len(problems.complaints), "skipped_test_prompts": skipped}
     with recorder.phase("engine", "starting the sampler"):
-        sampler = open_sampler(recipe, policy, tokenizer, str(run.policy_of(0)))
+        sampler = open_sampler(recipe, policy, tokenizer, run.policy_of(0), run.path / "engine.log")
     at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")
     recorder.say(
         f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "

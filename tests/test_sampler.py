@@ -1,6 +1,7 @@
 """Both engines behind one interface: the same policy, the same log-probs, reproducible samples, synced weights."""
 
 import importlib.util
+from pathlib import Path
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ def engine(request, tmp_path_factory, tokenizer):
     folder = tmp_path_factory.mktemp("policy")
     save_pretrained(model, tokenizer, folder)
     recipe = Recipe(engine=request.param, max_completion_length=24, temperature=0.8)
-    return recipe, model, open_sampler(recipe, model, tokenizer, str(folder))
+    return recipe, model, open_sampler(recipe, model, tokenizer, folder, folder / "engine.log")
 
 
 def draw(engine, problems, tokenizer, n=3, temperature=0.8, seed=5):
@@ -104,6 +105,18 @@ def test_completions_end_with_eos_or_at_the_limit(engine, problems, tokenizer):
     assert {r.finished for r in rollouts} == {True, False}
 
 
+def test_progress_counts_every_sample(engine, problems, tokenizer):
+    recipe, model, sampler = engine
+    sampler.sync(model)
+    asked, _ = ask(problems[:6], tokenizer, model, recipe)
+    seen = []
+    sample_rollouts(
+        sampler, asked, tokenizer, recipe, n=3, temperature=0.8, seed=0, on_progress=lambda *x: seen.append(x)
+    )
+    assert seen[-1] == (18, 18)
+    assert seen == sorted(seen)
+
+
 def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
     lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
     limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]
@@ -117,5 +130,5 @@ def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, mod
 def test_a_missing_engine_is_named(model, tokenizer, monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RunError, match="engine vllm is not installed: pip install"):
-        open_sampler(Recipe(engine="vllm"), model, tokenizer, "")
-    assert open_sampler(Recipe(engine="auto"), model, tokenizer, "").name == "transformers"
+        open_sampler(Recipe(engine="vllm"), model, tokenizer, Path(), Path())
+    assert open_sampler(Recipe(engine="auto"), model, tokenizer, Path(), Path()).name == "transformers"

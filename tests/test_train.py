@@ -225,6 +225,18 @@ def test_every_choice_runs(tmp_path, settings):
             assert r.step_labels == r.checker_labels
 
 
+@pytest.mark.skipif(ENGINE != "vllm", reason="vLLM is not installed")
+def test_bf16_with_vllm(tmp_path):
+    """Both sides round to bf16, each in its own order: the sync is proven within that rounding, on a tiny model."""
+    arguments = [x for x in TINY if x not in ("--engine", "transformers")]
+    done = run(
+        SMOKE, *arguments, "--output_dir", str(tmp_path / "run"), "--bf16", "true", "--weight_sync_tolerance", "0.3"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert 1e-4 < summary["iterations"][1]["weight_sync_max_abs_logp_diff"] < 0.3
+
+
 def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
     from stepkto_fast.train import main
 
