@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 SEED ?= 0
 RUN ?= runs/demo
+# The lock brings cmake and ninja; the build of the C++ extension finds them here.
+$(STAMP) test test-fast: export PATH := $(abspath $(BIN)):$(PATH)
 
 .PHONY: setup demo smoke test test-fast bench gpu aot lint clean
 
@@ -62,4 +64,4 @@ lint: $(STAMP)
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf build dist *.egg-info runs .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so

@@ -24,7 +24,7 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
 
     query (1, H, T, d), key and value (1, H_kv, T, d); `cu_seq_lens_q` (B + 1,) int32, `max_length_q` int and
     `lengths` (list of B ints) come through the model's keyword arguments. Returns ((1, T, H, d), None).
-    Sliding windows and dropout are refused with a ValueError, not ignored.
+    Sliding windows, attention softcaps, sinks and dropout are refused with a ValueError, not ignored.
     """
     lengths = kwargs.get("lengths")
     if lengths is None:
@@ -33,8 +33,12 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
         )
     if kwargs.get("sliding_window") is not None and max(lengths) > kwargs["sliding_window"]:
         raise ValueError(f"sliding-window attention is not packed yet, and a sequence has {max(lengths)} tokens")
+    if kwargs.get("softcap") is not None or kwargs.get("s_aux") is not None:
+        raise ValueError("attention softcaps and attention sinks are not supported by the packed attention yet")
     if dropout:
         raise ValueError(f"attention dropout {dropout} is not supported: set attention_dropout to 0 in the config")
+    if torch.is_autocast_enabled(query.device.type):  # the rotary embedding leaves query and key in fp32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):  # the varlen kernels are 16-bit only
         return _varlen(query, key, value, scaling, kwargs["cu_seq_lens_q"], kwargs["max_length_q"]), None
     pieces = [

@@ -30,24 +30,33 @@ def ask(
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     recipe: Recipe,
-) -> tuple[list[Asked], int]:
-    """Problems with tokenised prompts, and how many were left out because prompt and completion exceed the context.
+) -> tuple[list[Asked], list[str]]:
+    """Problems with tokenised prompts, and what was wrong with those left out: too long, or with unknown words.
 
-    Raises RunError when none fits.
+    Raises RunError when none is left.
     """
-    room = context_length(recipe, model) - recipe.max_completion_length
-    every = [
-        Asked(n, p, list(tokenizer(p.prompt, add_special_tokens=False)["input_ids"])) for n, p in enumerate(problems)
-    ]
-    fitting = [a for a in every if len(a.prompt_ids) <= room]
-    if not fitting:
-        raise RunError(
-            f"no prompt fits: the shortest of {len(every)} has {min(len(a.prompt_ids) for a in every)} tokens, the "
-            f"context is {context_length(recipe, model)} (context_length {recipe.context_length}, the model's "
-            f"{model.config.max_position_embeddings}) and max_completion_length {recipe.max_completion_length} leaves "
-            f"{room}: lower max_completion_length or raise context_length"
-        )
-    return fitting, len(every) - len(fitting)
+    longest = context_length(recipe, model)
+    room = longest - recipe.max_completion_length
+    asked, complaints = [], []
+    for n, problem in enumerate(problems):
+        ids = list(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
+        if len(ids) > room:
+            complaints.append(
+                f"prompt {n} ({problem.prompt.strip()[:60]!r}): {len(ids)} tokens, context_length "
+                f"{recipe.context_length} (the model's: {model.config.max_position_embeddings}) and "
+                f"max_completion_length {recipe.max_completion_length} leave {room}; "
+                "lower the latter or raise the former"
+            )
+        elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
+            complaints.append(
+                f"prompt {n} ({problem.prompt.strip()[:60]!r}): has words that the model's tokenizer does not know; "
+                "give a model trained on such prompts"
+            )
+        else:
+            asked.append(Asked(n, problem, ids))
+    if not asked:
+        raise RunError(f"no prompt of {len(problems)} can be used; first complaint: {complaints[0]}")
+    return asked, complaints
 
 
 def sample_rollouts(
@@ -65,11 +74,12 @@ def sample_rollouts(
     )
     rollouts = []
     for a, drawn in zip(asked, samples, strict=True):
-        texts = tokenizer.batch_decode([s.token_ids for s in drawn], skip_special_tokens=True)
-        for k, (s, text) in enumerate(zip(drawn, texts, strict=True)):
+        for k, s in enumerate(drawn):
             ends = step_ends(s.token_ids, tokenizer)
+            steps = step_texts(s.token_ids, ends, tokenizer)
+            text = "".join(steps)
             r = Rollout(a.problem_id, k, a.problem.prompt, a.prompt_ids, text, s.token_ids, s.logps, s.finished)
-            r.step_ends, r.steps = ends, step_texts(s.token_ids, ends, tokenizer)
+            r.step_ends, r.steps = ends, steps
             r.label = arithmetic.answer_is_right(a.problem, text)
             r.checker_labels = [int(x) for x in arithmetic.check_steps(a.problem, r.steps)]
             rollouts.append(r)
@@ -99,9 +109,9 @@ def check_sync(model: PreTrainedModel, rollouts: Sequence[Rollout], recipe: Reci
     tolerance = recipe.weight_sync_tolerance or (5e-2 if recipe.bf16 else 1e-3)
     if not differences.max() <= tolerance:  # a nan fails, too
         raise RunError(
-            f"weight sync failed: the engine's log-probs differ from the trainer's by up to {differences.max():.2e} nats "
-            f"({differences.mean():.1e} on average), tolerance {tolerance:.0e} (weight_sync_tolerance). The engine holds "
-            "other weights, or samples at another temperature or precision. In bf16, rounding alone can exceed the "
-            "tolerance on small models; the average then stays small, and weight_sync_tolerance may be raised"
+            f"weight sync failed: the engine's log-probs differ from the trainer's by up to {differences.max():.2e} "
+            f"nats ({differences.mean():.1e} on average), tolerance {tolerance:.0e} (weight_sync_tolerance). The "
+            "engine holds other weights, or samples at another temperature or precision. In bf16, rounding alone can "
+            "exceed the tolerance on small models; the average then stays small, and the tolerance may be raised"
         )
     return recomputed, float(differences.max())

@@ -45,16 +45,13 @@ def class_weights(rollouts: Sequence[Rollout], recipe: Recipe) -> dict[str, Any]
 
     "balanced": right and wrong get the same total weight, 1 on average; a class that is alone keeps weight 1.
     """
+    names = ("desirable_weight", "undesirable_weight", "step_desirable_weight", "step_undesirable_weight")
     if recipe.class_weights == "none":
-        return {}
+        return {name: getattr(recipe, name) for name in names}
     labels = [r.label for r in rollouts]
     steps = [x for r in rollouts for x in seen_labels(r.step_labels, recipe.after_first_error)]
-    desirable, undesirable = _balance(sum(labels), len(labels) - sum(labels))
-    step_desirable, step_undesirable = _balance(steps.count(1), steps.count(0))
-    return {
-        "desirable_weight": desirable, "undesirable_weight": undesirable,
-        "step_desirable_weight": step_desirable, "step_undesirable_weight": step_undesirable,
-    }  # fmt: skip
+    balanced = (*_balance(sum(labels), len(labels) - sum(labels)), *_balance(steps.count(1), steps.count(0)))
+    return dict(zip(names, balanced, strict=True))
 
 
 def _balance(right: int, wrong: int) -> tuple[float, float]:

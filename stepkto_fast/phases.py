@@ -12,7 +12,7 @@ from .objective import log_probs
 from .prm import PRM, audit, calibrates, fit_prm, seed_generations
 from .report import write_report
 from .rollout import Rollout, read_rollouts, write_rollouts
-from .setup_run import Session, derived_seed
+from .setup_run import Session, derived_seed, say_skipped
 
 
 def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM:
@@ -35,18 +35,22 @@ def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM:
 def _sample_seed_set(s: Session, path: Path) -> None:
     if s.progress.iteration:
         raise RunError(f"{path} is gone: it holds the PRM head's seed set, sampled from M_0; start the run anew")
-    asked, _ = ask(s.problems.seed, s.tokenizer, s.initial, s.recipe)
+    asked, complaints = ask(s.problems.seed, s.tokenizer, s.initial, s.recipe)
+    say_skipped("seed", complaints, s.progress, s.recorder)
     natural, hot = seed_generations(s.recipe)
     text = f"sampling the PRM head's seed set from M_0 ({len(asked)} problems)"
     with s.recorder.bar("seed_set", text) as advance:
         drawn = [
             sample_rollouts(
                 s.sampler, asked, s.tokenizer, s.recipe, n=n, temperature=temperature,
-                seed=derived_seed(s.recipe, "seed set", temperature), on_progress=advance,
+                seed=derived_seed(s.recipe, "seed set", kind), on_progress=advance,
             )
-            for n, temperature in ((natural, s.recipe.temperature), (hot, s.recipe.prm_seed_temperature))
+            for kind, n, temperature in (
+                ("natural", natural, s.recipe.temperature), ("hot", hot, s.recipe.prm_seed_temperature),
+            )
+            if n
         ]  # fmt: skip
-    for r in drawn[1]:
+    for r in drawn[1] if hot else ():
         r.sample += natural
     seed_set = usable([r for rollouts in drawn for r in rollouts])
     if {calibrates(r, s.recipe) for r in seed_set} != {True, False}:
@@ -75,8 +79,8 @@ def judge(s: Session, policy: PreTrainedModel, prm: PRM) -> None:
 def collect(s: Session, policy: PreTrainedModel, prm: PRM, path: Path) -> None:
     """Samples M_t's rollouts, judges outcomes, labels steps, adds reference log-probs, and stores them in `path`."""
     t, recipe = s.progress.iteration, s.recipe
-    asked, skipped = ask(s.problems.train[t], s.tokenizer, policy, recipe)
-    s.progress.add("counts", "skipped_train_prompts", skipped)
+    asked, complaints = ask(s.problems.train[t], s.tokenizer, policy, recipe)
+    say_skipped("training", complaints, s.progress, s.recorder)
     text = f"sampling {recipe.num_generations} completions of {len(asked)} prompts from M_{t}"
     with s.recorder.bar("rollout", text) as advance:
         sampled = sample_rollouts(
@@ -85,7 +89,9 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM, path: Path) -> None:
         )  # fmt: skip
     s.progress.add("tokens", "rollout", sum(len(r.completion_ids) for r in sampled))
     rollouts = usable(sampled)
-    s.progress.add("counts", "rollouts_without_steps", len(sampled) - len(rollouts))
+    if dropped := len(sampled) - len(rollouts):
+        s.recorder.say(f"skipped {dropped} completions of M_{t} without any text: they have no step to learn from")
+    s.progress.add("counts", "rollouts_without_steps", dropped)
     if not rollouts:
         raise RunError(
             f"M_{t} wrote no text for any of {len(asked)} prompts: lower learning_rate, or give another model"

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import WordLevel
 from torch import Tensor
@@ -77,7 +78,7 @@ def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
             path, attn_implementation=NAME, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
         )
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"cannot load model {path!r}: {error}") from error
     if tokenizer.eos_token_id is None:
         raise RunError(f"the tokenizer of {path!r} has no eos_token: completions could never end")

@@ -13,6 +13,7 @@ from typing import Literal
 import yaml
 from transformers import HfArgumentParser
 
+from .atomic import replacing
 from .errors import RunError
 
 
@@ -37,7 +38,7 @@ class Recipe:
     max_operations: int = setting(6, "most operations of a generated problem")
     train_file: str | None = setting(None, "JSONL file of training problems instead of generated ones")
     test_file: str | None = setting(None, "JSONL file of held-out problems instead of generated ones")
-    num_prompts: int = setting(500, "training problems sampled in each iteration (fresh ones each time)")
+    num_prompts: int = setting(500, "training problems of each iteration: fresh ones, or drawn anew from train_file")
     num_test_problems: int = setting(500, "held-out problems of every evaluation")
 
     # policy
@@ -88,8 +89,13 @@ class Recipe:
     after_first_error: Literal["keep", "mask"] = setting("keep", "what becomes of steps behind the first wrong one")
     loss_type: Literal["kto", "apo_zero_unpaired"] = setting("kto", "value function")
     class_weights: Literal["balanced", "none"] = setting(
-        "balanced", "balanced: right and wrong weigh the same in each iteration, for outcomes and for steps"
+        "balanced",
+        "balanced: right and wrong weigh the same in each iteration, for outcomes and for steps; none: as set below",
     )
+    desirable_weight: float = setting(1.0, "weight of right answers (class_weights: none)")
+    undesirable_weight: float = setting(1.0, "weight of wrong answers (class_weights: none)")
+    step_desirable_weight: float = setting(1.0, "weight of right steps (class_weights: none)")
+    step_undesirable_weight: float = setting(1.0, "weight of wrong steps (class_weights: none)")
     reference: Literal["previous", "initial"] = setting("previous", "the model the ratios are against: M_t or M_0")
     reference_points: Literal["zero", "lagged", "exact", "mismatched"] = setting("zero", "estimator of z and z_s")
     filter_eps: float | None = setting(None, "share of a token's gradient mass that may be dropped; none: auto")
@@ -120,7 +126,8 @@ class Recipe:
         positive = (
             "num_prompts num_test_problems num_generations num_eval_generations max_completion_length iterations "
             "num_train_epochs train_batch_size max_tokens_per_micro_batch save_steps logging_steps prm_epochs "
-            "prm_seed_generations hidden_size num_layers num_heads min_operations"
+            "prm_seed_generations hidden_size num_layers num_heads min_operations warm_start_steps "
+            "warm_start_batch_size"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
@@ -130,6 +137,11 @@ class Recipe:
         for key in ("temperature", "prm_seed_temperature", "learning_rate", "beta", "step_beta"):
             if not getattr(self, key) > 0:
                 raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
+        for key in ("misconceptions", "misconception_rate", "slip_rate"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
+        if self.hidden_size % (2 * self.num_heads):
+            raise RunError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads ({self.num_heads})")
         if self.max_operations < self.min_operations:
             raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
         if self.loss_type == "apo_zero_unpaired" and self.reference_points != "zero":
@@ -162,7 +174,7 @@ def parse_recipe(argv: list[str]) -> Recipe:
     parser = HfArgumentParser(Recipe, prog="python -m stepkto_fast.train", usage=usage, exit_on_error=False)
     try:
         (recipe,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
-    except argparse.ArgumentError as error:
+    except (argparse.ArgumentError, ValueError) as error:
         raise RunError(f"{error}") from error
     return recipe
 
@@ -195,4 +207,5 @@ def _suggestion(key: str) -> str:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved settings as YAML that `parse_recipe` reads back."""
-    path.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    with replacing(path) as unfinished:
+        unfinished.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")

@@ -1,5 +1,6 @@
 """What a run says while it runs: metrics.jsonl, TensorBoard or Weights & Biases, and the terminal."""
 
+import importlib.util
 import json
 import math
 import time
@@ -24,6 +25,14 @@ from .recipe import Recipe
 from .run_directory import Progress, RunDirectory
 
 
+def require_report(recipe: Recipe) -> None:
+    """RunError when the package that `report_to` needs is not installed."""
+    if recipe.report_to != "none" and importlib.util.find_spec(recipe.report_to) is None:
+        raise RunError(
+            f"report_to {recipe.report_to}: it is not installed; pip install {recipe.report_to}, or --report_to none"
+        )
+
+
 class Recorder:
     """Writes each metric where the recipe wants it, and times the phases into `progress.seconds`."""
 
@@ -31,17 +40,15 @@ class Recorder:
         self.console = Console(highlight=False)
         self._progress, self._path = progress, run.metrics
         with open(self._path, "ab") as file:
-            file.truncate(progress.metrics_bytes)
+            file.truncate(min(file.tell(), progress.metrics_bytes))
         self._tensorboard = self._wandb = None
         if recipe.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
             self._tensorboard = SummaryWriter(str(run.path / "tensorboard"), purge_step=progress.global_step + 1)
         elif recipe.report_to == "wandb":
-            try:
-                import wandb
-            except ImportError as error:
-                raise RunError("report_to wandb: it is not installed; pip install 'stepkto-fast[wandb]'") from error
+            import wandb
+
             self._wandb = wandb.init(project="stepkto-fast", name=recipe.name, dir=str(run.path))
 
     def scalars(self, metrics: dict, prefix: str = "train") -> None:

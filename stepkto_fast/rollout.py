@@ -3,7 +3,6 @@
 Rollouts are stored as one parquet file an iteration; reading one back gives the same numbers to the last bit.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .atomic import replacing
 from .errors import RunError
 
 UNLABELLED = -1
@@ -65,14 +65,10 @@ def write_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
 
 
 def write_table(table: pa.Table, path: Path) -> None:
-    """Writes a parquet file, whole or not at all: to a temporary name first, renamed once it is on the disk."""
+    """Writes a parquet file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(".unfinished")
-    with open(unfinished, "wb") as file:
-        pq.write_table(table, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        pq.write_table(table, unfinished)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
@@ -80,5 +76,8 @@ def read_rollouts(path: Path) -> list[Rollout]:
     try:
         table = pq.read_table(path, schema=_SCHEMA)
     except (pa.ArrowException, OSError) as error:
-        raise RunError(f"cannot read the rollouts in {path}: {error}; delete the file to sample them again") from error
+        raise RunError(
+            f"cannot read the rollouts in {path}: {error}; delete the file, and the checkpoints of this iteration's "
+            "update (checkpoints/iteration_*_step_*), to sample them again"
+        ) from error
     return [Rollout(**row) for row in table.to_pylist()]

@@ -22,12 +22,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .atomic import replacing
 from .errors import RunError
 from .objective import LaggedPoints
 from .policy import load_policy
 from .prm import PRM
 from .recipe import Recipe, write_recipe
 
+# What may change when a run is resumed: what does not touch the result, and what a failed run may have to lower.
+FREE_ON_RESUME = {
+    "resume", "overwrite", "output_dir", "report_to", "logging_steps", "save_steps", "name", "learning_rate",
+    "max_grad_norm", "max_tokens_per_micro_batch", "vllm_memory",
+}  # fmt: skip
 CHECKPOINT = re.compile(r"iteration_(\d+)(?:_step_(\d+))?")
 
 
@@ -67,11 +73,15 @@ class RunDirectory:
             raise RunError(f"output_dir {recipe.output_dir!r} cannot be made: {error}") from error
         if recipe.resume:
             self._check_same_recipe(recipe)
-        elif (self.path / "config.yaml").exists():
+        elif self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
             if not recipe.overwrite:
                 raise RunError(
                     f"output_dir {recipe.output_dir!r} already holds a run: continue it with --resume true, replace it "
                     "with --overwrite true, or choose another directory"
+                )
+            if recipe.model and Path(recipe.model).resolve().is_relative_to(self.path.resolve()):
+                raise RunError(
+                    f"model {recipe.model!r} lies in output_dir, which --overwrite true would empty: move it"
                 )
             for name in ("rollouts", "evaluations", "checkpoints", "model", "tensorboard"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
@@ -86,10 +96,9 @@ class RunDirectory:
         before = self.path / "config.yaml"
         if not before.exists():
             raise RunError(f"nothing to resume: {before} does not exist; start without --resume")
-        saved = yaml.safe_load(before.read_text(encoding="utf-8"))
-        free = {"resume", "overwrite", "output_dir", "report_to", "logging_steps", "save_steps", "name"}
+        saved = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
         for key, value in asdict(recipe).items():
-            if key not in free and key in saved and saved[key] != value:
+            if key not in FREE_ON_RESUME and key in saved and saved[key] != value:
                 raise RunError(
                     f"cannot resume {self.path}: {key} was {saved[key]!r} and is now {value!r}; "
                     f"resume with the run's own settings ({before}) or start a new run"
@@ -132,7 +141,7 @@ class RunDirectory:
         """Loads the weights of the checkpoint that `save_step` wrote at `progress`; returns the optimizer's tensors."""
         folder = self._step_folder(progress)
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
+            model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
             return load_file(folder / "optimizer.safetensors")
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise RunError(
@@ -165,7 +174,7 @@ class RunDirectory:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         write(unfinished)
-        for file in unfinished.iterdir():
+        for file in (f for f in unfinished.rglob("*") if f.is_file()):
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
         if target.exists():
@@ -187,20 +196,14 @@ class RunDirectory:
         self._write_folder(self.path / "model", write)
 
     def write_summary(self, summary: dict) -> None:
-        write_text(self.path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        with replacing(self.path / "summary.json") as unfinished:
+            unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Model and tokenizer in the form that transformers and vLLM load."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Writes a text file, whole or not at all."""
-    unfinished = path.with_name(f".unfinished-{path.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    os.replace(unfinished, path)
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:

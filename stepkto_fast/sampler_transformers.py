@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import NAME
 from .sampler import Sample, no_progress
@@ -37,6 +37,9 @@ class TransformersSampler:
     ) -> list[list[Sample]]:
         rows = [prompt for prompt in prompts for _ in range(n)]
         samples: list[Sample] = []
+        own_defaults = self._model.generation_config
+        # A model's own defaults (a repetition penalty, say) would change the distribution that is sampled from.
+        self._model.generation_config = GenerationConfig()
         self._model.set_attn_implementation("sdpa")
         try:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
@@ -46,6 +49,7 @@ class TransformersSampler:
                     on_progress(len(samples), len(rows))
         finally:
             self._model.set_attn_implementation(NAME)
+            self._model.generation_config = own_defaults
         return [samples[k : k + n] for k in range(0, len(samples), n)]
 
     def _generate(self, rows: list[list[int]], temperature: float, max_tokens: int) -> list[Sample]:

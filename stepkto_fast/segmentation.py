@@ -36,7 +36,13 @@ def step_ends(completion_ids: Sequence[int], tokenizer: PreTrainedTokenizerBase)
 
 
 def step_texts(completion_ids: Sequence[int], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The text of each step, without special tokens."""
+    """The text of each step, without the end-of-sequence token that ends the completion.
+
+    Any other special token stays visible, so that no checker takes a step with one in it for a clean one.
+    """
+    ids = list(completion_ids)
+    if ids and ids[-1] == tokenizer.eos_token_id:
+        ids.pop()
     starts = [0, *ends][: len(ends)]
-    pieces = [list(completion_ids[a:b]) for a, b in zip(starts, ends, strict=True)]
-    return [str(piece) for piece in tokenizer.batch_decode(pieces, skip_special_tokens=True)] if pieces else []
+    pieces = [ids[a:b] for a, b in zip(starts, ends, strict=True)]
+    return [str(text) for text in tokenizer.batch_decode(pieces, skip_special_tokens=False)] if pieces else []

@@ -3,6 +3,7 @@
 import random
 import zlib
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -11,9 +12,9 @@ from .collect import Asked, ask
 from .errors import RunError
 from .policy import build_policy, build_tokenizer, load_policy
 from .recipe import Recipe
-from .recorder import Recorder
+from .recorder import Recorder, require_report
 from .run_directory import Progress, RunDirectory
-from .sampler import Sampler, open_sampler
+from .sampler import Sampler, open_sampler, require_engine
 from .tasks import arithmetic
 from .warm_start import demonstrations, fine_tune
 
@@ -39,6 +40,7 @@ def load_problems(recipe: Recipe) -> Problems:
     complaints: list[str] = []
     if recipe.test_file:
         test, complaints = arithmetic.read_problems(recipe.test_file)
+        test = list(dict.fromkeys(test))
     else:
         # The held-out problems do not depend on the seed, so that runs can be compared on them.
         test = arithmetic.problems(recipe.num_test_problems, "test", recipe.level, operations)
@@ -46,14 +48,17 @@ def load_problems(recipe: Recipe) -> Problems:
     if recipe.train_file:
         pool, more = arithmetic.read_problems(recipe.train_file)
         complaints += more
-        pool = list({p.prompt: p for p in pool if p.prompt not in held_out}.values())
-        if len(pool) < 2:
+        pool = [p for p in dict.fromkeys(pool) if p.prompt not in held_out]
+        if len(pool) < 10:
             raise RunError(
-                f"{recipe.train_file!r} has {len(pool)} problems that are not held out: at least 2 are needed"
+                f"{recipe.train_file!r} has {len(pool)} different problems that are not held out: give at least 10"
             )
         rng = random.Random(f"train_file {recipe.seed}")
-        seed = rng.sample(pool, min(recipe.prm_seed_problems, len(pool)))
-        train = [rng.sample(pool, min(recipe.num_prompts, len(pool))) for _ in range(recipe.iterations)]
+        rng.shuffle(pool)
+        # The head must not be fitted on the problems whose steps it will label.
+        cut = min(recipe.prm_seed_problems, len(pool) // 2)
+        seed, rest = pool[:cut], pool[cut:]
+        train = [rng.sample(rest, min(recipe.num_prompts, len(rest))) for _ in range(recipe.iterations)]
     else:
         count = recipe.prm_seed_problems + recipe.iterations * recipe.num_prompts
         pool = arithmetic.problems(count, f"train {recipe.seed}", recipe.level, operations, exclude=held_out)
@@ -65,17 +70,16 @@ def load_problems(recipe: Recipe) -> Problems:
 def make_initial_policy(
     recipe: Recipe, problems: Problems, recorder: Recorder
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """M_0: the recipe's model, or a small Llama fine-tuned on demonstrations of which some steps are wrong."""
-    if recipe.model is not None:
-        return load_policy(recipe.model)
+    """M_0 where the recipe names no model: a small Llama fine-tuned on demonstrations with wrong steps in them."""
     operations = range(recipe.min_operations, recipe.max_operations + 1)
     held_out = frozenset(p.prompt for p in problems.test)
-    count = min(recipe.warm_start_steps * recipe.warm_start_batch_size, 20_000)
-    asked = arithmetic.problems(count, f"demonstrations {recipe.seed}", recipe.level, operations, held_out)
+    stream = arithmetic.random_problems(f"demonstrations {recipe.seed}", recipe.level, operations, exclude=held_out)
+    asked = list(islice(stream, min(recipe.warm_start_steps * recipe.warm_start_batch_size, 20_000)))
     teacher = arithmetic.Misconceptions.draw(
         str(recipe.seed), recipe.misconceptions, recipe.misconception_rate, recipe.slip_rate
     )
-    texts = [p.prompt + arithmetic.demonstration(random.Random(0), p) for p in [*asked, *problems.test]]
+    every = [*asked, *problems.test, *problems.seed, *(p for train in problems.train for p in train)]
+    texts = [p.prompt + arithmetic.demonstration(random.Random(0), p) for p in every]
     tokenizer = build_tokenizer(texts)
     model = build_policy(
         tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
@@ -94,9 +98,21 @@ def make_initial_policy(
 def device_of(recipe: Recipe) -> torch.device:
     """The recipe's device; RunError when it is not there."""
     name = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise RunError(f"device {name!r} is not available: this torch sees no GPU; use --device cpu")
-    return torch.device(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise RunError(
+            f"device {name!r} is not available here ({str(error).splitlines()[0]}); use --device cpu"
+        ) from error
+
+
+def say_skipped(which: str, complaints: list[str], progress: Progress, recorder: Recorder) -> None:
+    """Counts the prompts that were left out, and says why of the first few."""
+    progress.counts[f"skipped_{which}_prompts"] = progress.counts.get(f"skipped_{which}_prompts", 0) + len(complaints)
+    for complaint in complaints[:3]:
+        recorder.say(f"skipped {which} {complaint}")
+    if len(complaints) > 3:
+        recorder.say(f"skipped {len(complaints) - 3} more {which} prompts")
 
 
 @dataclass
@@ -117,7 +133,11 @@ class Session:
 def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
     """Opens the run directory, makes or loads M_0, starts the sampler. Also returns the policy to go on with: M_0, or
     with `resume` the M_t of the newest checkpoint."""
+    # Whatever can be wrong is found out before anything on the disk is touched.
     device, problems = device_of(recipe), load_problems(recipe)
+    require_engine(recipe)
+    require_report(recipe)
+    given = load_policy(recipe.model) if recipe.model is not None and not recipe.resume else None
     run = RunDirectory(recipe)
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
@@ -125,11 +145,12 @@ def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
     for complaint in problems.complaints:
         recorder.say(f"skipped {complaint}")
     if newest is None:
-        run.save_policy(*make_initial_policy(recipe, problems, recorder), progress)
+        run.save_policy(*(given or make_initial_policy(recipe, problems, recorder)), progress)
     initial, tokenizer = run.load_model(0, device)
     policy, _ = run.load_model(progress.iteration, device)
-    test, skipped = ask(problems.test, tokenizer, policy, recipe)
-    progress.counts |= {"skipped_rows": len(problems.complaints), "skipped_test_prompts": skipped}
+    progress.counts["skipped_rows"] = len(problems.complaints)
+    test, complaints = ask(problems.test, tokenizer, policy, recipe)
+    say_skipped("held-out", complaints, progress, recorder)
     with recorder.phase("engine", "starting the sampler"):
         sampler = open_sampler(recipe, policy, tokenizer, run.policy_of(0), run.path / "engine.log")
     at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")

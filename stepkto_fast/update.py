@@ -2,6 +2,7 @@
 
 import math
 import random
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -45,13 +46,18 @@ def update(
     )
     if optimizer_state is not None:
         restore_optimizer(optimizer, optimizer_state)
-    for _ in range(progress.step):
-        schedule.step()
+    with warnings.catch_warnings():  # torch warns of a schedule that runs ahead of a (restored) optimizer
+        warnings.simplefilter("ignore", UserWarning)
+        for _ in range(progress.step):
+            schedule.step()
     policy.train()
     with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
         for batch in batches[progress.step :]:
             seed = recipe.seed * 1_000_003 + progress.global_step
-            points = estimate_points(policy, reference, batch, recipe, progress.lagged, seed)
+            try:
+                points = estimate_points(policy, reference, batch, recipe, progress.lagged, seed)
+            except ValueError as error:
+                raise RunError(f"iteration {progress.iteration}, step {progress.step}: {error}") from error
             result = accumulate_gradients(policy, batch, recipe, weights, points)
             norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.max_grad_norm))
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
@@ -73,12 +79,19 @@ def update(
 
 
 def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> list[list[Rollout]]:
-    """The optimizer batches of an iteration, shuffled anew in each epoch; the last of an epoch may be smaller."""
+    """The optimizer batches of an iteration, shuffled anew in each epoch.
+
+    The last one of an epoch may be smaller; below half a batch it joins the one before it.
+    """
     rng = random.Random(f"batch_order {recipe.seed} {iteration}")
     batches = []
     for _ in range(recipe.num_train_epochs):
         order = rng.sample(list(rollouts), len(rollouts))
-        batches += [order[k : k + recipe.train_batch_size] for k in range(0, len(order), recipe.train_batch_size)]
+        epoch = [order[k : k + recipe.train_batch_size] for k in range(0, len(order), recipe.train_batch_size)]
+        if len(epoch) > 1 and 2 * len(epoch[-1]) < recipe.train_batch_size:
+            short = epoch.pop()
+            epoch[-1] = epoch[-1] + short
+        batches += epoch
     return batches
 
 
@@ -95,7 +108,7 @@ def _stop_on_nonfinite(
     raise RunError(
         f"loss {result.loss} and gradient norm {norm} in iteration {progress.iteration}, step {progress.step}: stopped "
         f"before the optimizer moved. Log-ratios that are not finite: {', '.join(bad) or 'none'}. The batch is in "
-        f"{path}; lower learning_rate, then continue from the last checkpoint or start anew"
+        f"{path}; continue from the last checkpoint with --resume true and a lower --learning_rate"
     )
 
 

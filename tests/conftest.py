@@ -10,7 +10,6 @@ from stepkto_fast.rollout import Rollout
 from stepkto_fast.segmentation import step_ends, step_texts
 from stepkto_fast.tasks import arithmetic
 
-
 # These tensors are tiny: on a busy machine two threads that wait for each other are several times slower than one.
 torch.set_num_threads(1)
 

@@ -108,6 +108,11 @@ def test_problems_are_different_reproducible_and_disjoint():
     assert len(held_out) == 200
     assert len({p.prompt for p in train}) == 300
     assert not held_out & {p.prompt for p in train}
+    few = frozenset(p.prompt for p in arithmetic.problems(200, "few", "chain", range(1, 2)))
+    stream = arithmetic.random_problems("demonstrations", "chain", range(1, 2), exclude=few)
+    drawn = {next(stream).prompt for _ in range(2000)}
+    assert len(drawn) > 150
+    assert not drawn & few
     with pytest.raises(RunError, match="raise max_operations or ask for fewer"):
         arithmetic.problems(500, "few", "chain", range(1, 2))
 
@@ -122,6 +127,19 @@ def test_misconceptions_are_fixed_and_as_many_as_asked():
         assert teacher.write(rng, operator, a, b) == wrong
 
 
+def test_a_prompt_reads_back_in_one_form():
+    """Spacing must not make the same problem look like another: held-out problems are told apart by their prompt."""
+    for text in ("Compute left to right, modulo 10:   3 +  4", " Compute left to right, modulo 10: 3 + 4 \n\n"):
+        assert parse_prompt(text).prompt == "Compute left to right, modulo 10: 3 + 4\n"
+
+
+def test_random_problems_stop_where_everything_is_held_out():
+    every = frozenset(p.prompt for p in arithmetic.problems(400, "all", "chain", range(1, 2)))
+    assert len(every) == 400
+    with pytest.raises(RunError, match="is held out: raise max_operations"):
+        next(arithmetic.random_problems("x", "chain", range(1, 2), exclude=every))
+
+
 def test_problem_files_name_bad_rows_and_go_on(tmp_path):
     path = tmp_path / "problems.jsonl"
     rows = [
@@ -134,13 +152,14 @@ def test_problem_files_name_bad_rows_and_go_on(tmp_path):
         json.dumps({"prompt": "Compute left to right, modulo 10: 3 - 4"}),
         json.dumps({"prompt": "A counter shows one digit. It starts at 3. Dance 4."}),
         "",
+        json.dumps({"prompt": arithmetic.CHAIN_TEXT + "1" + " + 1" * 3000}),
         json.dumps({"prompt": "Compute modulo 10: 1 + 2"}),
     ]
     path.write_bytes("\n".join(rows).encode() + b"\n\xff\xfe\n")
     found, complaints = arithmetic.read_problems(str(path))
     assert [p.answer for p in found] == [4, 3]
     numbers = [int(c.removeprefix(str(path) + ":").split(":")[0]) for c in complaints]
-    assert numbers == [2, 3, 4, 5, 6, 7, 8, 11]
+    assert numbers == [2, 3, 4, 5, 6, 7, 8, 10, 12]
     assert "answer '5' is not the prompt's value 4" in complaints[0]
 
 

@@ -11,7 +11,7 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
 
 # Lower layers first. A module may import from its own layer and those above it in this list.
 LAYERS = [
-    {"__init__", "errors", "tasks"},
+    {"__init__", "errors", "atomic", "tasks"},
     {"recipe", "rollout", "segmentation", "attention"},
     {"packing", "policy"},
     {"objective", "prm", "sampler", "sampler_vllm", "sampler_transformers", "warm_start"},

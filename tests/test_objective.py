@@ -19,6 +19,7 @@ from stepkto_fast.objective import (
     seen_labels,
 )
 from stepkto_fast.recipe import Recipe
+from stepkto_fast.update import batch_order
 
 
 def gradients(model, rollouts, recipe, points=(0.1, 0.05)):
@@ -79,7 +80,23 @@ def test_balanced_class_weights(rollouts):
     total = weights["step_desirable_weight"] * steps.count(1) + weights["step_undesirable_weight"] * steps.count(0)
     assert total == pytest.approx(len(steps))
     assert class_weights([r for r in rollouts if r.label], Recipe())["desirable_weight"] == 1.0
-    assert class_weights(rollouts, Recipe(class_weights="none")) == {}
+    given = class_weights(rollouts, Recipe(class_weights="none", step_undesirable_weight=3.0))
+    assert given == {
+        "desirable_weight": 1.0, "undesirable_weight": 1.0, "step_desirable_weight": 1.0,
+        "step_undesirable_weight": 3.0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(8, [4, 4]), (9, [4, 5]), (10, [4, 4, 2]), (3, [3]), (1, [1])])
+def test_a_short_last_batch_joins_the_one_before_it(rollouts, count, sizes):
+    batches = batch_order(rollouts[:count], Recipe(train_batch_size=4), 0)
+    assert [len(b) for b in batches] == sizes
+    assert sorted((r.problem_id, r.sample) for b in batches for r in b) == [
+        (r.problem_id, r.sample) for r in rollouts[:count]
+    ]
+    assert batches == batch_order(rollouts[:count], Recipe(train_batch_size=4), 0)
+    if count > 4:
+        assert batches != batch_order(rollouts[:count], Recipe(train_batch_size=4), 1)
 
 
 def test_mask_after_first_error():

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stepkto_fast.attention import NAME
+from stepkto_fast import attention
+from stepkto_fast.attention import NAME, packed_attention
 from stepkto_fast.packing import micro_batches, pack
 from stepkto_fast.policy import head, hidden_states
 from stepkto_fast.rollout import Rollout
@@ -90,6 +91,19 @@ def test_packed_equals_one_by_one(device, kv_heads):
         )
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the varlen kernels need a GPU")
+def test_under_autocast_a_gpu_takes_the_varlen_kernel(model, rollouts, monkeypatch):
+    calls = []
+    real = attention._varlen
+    monkeypatch.setattr(attention, "_varlen", lambda *args: calls.append(args[0].dtype) or real(*args))
+    batch, model = pack(rollouts).to(torch.device("cuda")), model.cuda()
+    exact = hidden_states(model, batch)
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        rounded = hidden_states(model, batch)
+    assert calls == [torch.bfloat16] * model.config.num_hidden_layers
+    torch.testing.assert_close(rounded.float(), exact, atol=0.1, rtol=0.1)
+
+
 def test_no_sequence_touches_another(model, rollouts):
     """Other contents in one packed sequence change no bit of the others' states."""
     few = rollouts[:4]
@@ -106,6 +120,13 @@ def test_no_sequence_touches_another(model, rollouts):
 def test_packed_attention_refuses_what_it_would_get_wrong(model):
     with pytest.raises(ValueError, match="needs packed inputs"):
         model(torch.tensor([[3, 4, 5]]))
+    batch = pack([rollout(2, 2)])
+    q = torch.zeros(1, 1, 4, 8)
+    for extra in ({"softcap": 50.0}, {"s_aux": torch.zeros(1)}):
+        with pytest.raises(ValueError, match="softcaps and attention sinks"):
+            packed_attention(None, q, q, q, None, **batch.model_inputs, **extra)
+    with pytest.raises(ValueError, match="sliding-window"):
+        packed_attention(None, q, q, q, None, **batch.model_inputs, sliding_window=3)
     model.config.attention_dropout = 0.1
     for layer in model.model.layers:
         layer.self_attn.attention_dropout = 0.1

@@ -41,6 +41,8 @@ def test_what_is_written_reads_back(tmp_path):
         ("max_operations: 1", "max_operations 1 is below min_operations 4"),
         ("loss_type: apo_zero_unpaired\nreference_points: exact", "set reference_points to zero"),
         ("reference_points: mismatched\ntrain_batch_size: 8", "raise train_batch_size"),
+        ("misconceptions: 1.5", "misconceptions is 1.5: give a share from 0 to 1"),
+        ("hidden_size: 100\nnum_heads: 3", "hidden_size 100 must be a multiple of twice num_heads"),
         ("learning_rate: fast", "invalid float value: 'fast'"),
         ("loss_type: dpo", "invalid choice"),
     ],
@@ -55,6 +57,9 @@ def test_bad_files_are_named_with_the_remedy(tmp_path, content, message):
 def test_bad_options_and_missing_files():
     with pytest.raises(RunError, match=r"unknown option --sed; did you mean 'seed'"):
         parse_recipe(["--sed", "1"])
+    for arguments in (["--seed", "1", "extra"], ["-seed", "1"]):
+        with pytest.raises(RunError, match="not used by the HfArgumentParser"):
+            parse_recipe(arguments)
     with pytest.raises(RunError, match=r"recipe file 'none\.yaml' does not exist"):
         parse_recipe(["none.yaml"])
 

@@ -82,11 +82,15 @@ def test_a_failing_write_leaves_the_old_checkpoint(tmp_path, model, tokenizer):
     assert run.load_progress(run.policy_of(0)).global_step == 1
 
 
-def test_a_run_is_not_overwritten_by_accident(tmp_path):
+def test_a_run_is_not_overwritten_by_accident(tmp_path, model, tokenizer):
     open_run(tmp_path)
+    open_run(tmp_path).save_policy(model, tokenizer, Progress())  # before its first checkpoint there is nothing to lose
     with pytest.raises(RunError, match="already holds a run: continue it with --resume true"):
         open_run(tmp_path)
     (tmp_path / "run" / "metrics.jsonl").write_text("old\n")
+    with pytest.raises(RunError, match="lies in output_dir, which --overwrite true would empty"):
+        open_run(tmp_path, overwrite=True, model=str(tmp_path / "run" / "checkpoints" / "iteration_0"))
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
     open_run(tmp_path, overwrite=True)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -97,7 +101,7 @@ def test_resume_wants_a_run_and_the_same_settings(tmp_path):
     open_run(tmp_path, beta=0.5)
     with pytest.raises(RunError, match=r"beta was 0\.5 and is now 0\.1"):
         open_run(tmp_path, resume=True, beta=0.1)
-    open_run(tmp_path, resume=True, beta=0.5, save_steps=3)
+    open_run(tmp_path, resume=True, beta=0.5, save_steps=3, learning_rate=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["progress.json", "model.safetensors", "optimizer.safetensors"])
@@ -111,6 +115,26 @@ def test_a_damaged_checkpoint_is_named(tmp_path, model, tokenizer, damage):
     (folder / damage).write_bytes((folder / damage).read_bytes()[:20])
     with pytest.raises(RunError, match=r"iteration_0_step_1 is damaged.*delete it to go back"):
         run.load_progress(folder), run.load_step(progress, model)
+
+
+def test_a_damaged_policy_is_named(tmp_path, model, tokenizer):
+    run = open_run(tmp_path)
+    run.save_policy(model, tokenizer, Progress())
+    weights = run.policy_of(0) / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(RunError, match=r"cannot load model .*iteration_0"):
+        run.load_model(0, torch.device("cpu"))
+
+
+def test_a_tokenizer_with_folders_is_saved(tmp_path, model):
+    class Nested:
+        def save_pretrained(self, folder):
+            (folder / "templates").mkdir()
+            (folder / "templates" / "chat.jinja").write_text("x")
+
+    run = open_run(tmp_path)
+    run.save_policy(model, Nested(), Progress())
+    assert (run.policy_of(0) / "templates" / "chat.jinja").read_text() == "x"
 
 
 def test_an_unusable_output_dir_is_named(tmp_path):

@@ -11,6 +11,7 @@ from stepkto_fast.errors import RunError
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.run_directory import save_pretrained
 from stepkto_fast.sampler import open_sampler
+from stepkto_fast.tasks import arithmetic
 
 VLLM = pytest.param(
     "vllm",
@@ -60,6 +61,25 @@ def test_stale_weights_are_caught(engine, problems, tokenizer):
         check_sync(model, rollouts, recipe)
     sampler.sync(model)
     check_sync(model, draw(engine, problems, tokenizer), recipe)
+
+
+def test_a_log_prob_that_is_not_a_number_is_caught_wherever_it_is(engine, problems, tokenizer):
+    recipe, model, sampler = engine
+    sampler.sync(model)
+    rollouts = draw(engine, problems, tokenizer)
+    rollouts[1].logps[0] = float("nan")
+    with pytest.raises(RunError, match="weight sync failed"):
+        check_sync(model, rollouts, recipe)
+
+
+def test_a_models_own_sampling_defaults_are_not_used(engine, problems, tokenizer):
+    """A repetition penalty in generation_config.json would change the distribution that is sampled from."""
+    recipe, model, sampler = engine
+    model.generation_config.repetition_penalty = 5.0
+    sampler.sync(model)
+    check_sync(model, draw(engine, problems, tokenizer), recipe)
+    assert model.generation_config.repetition_penalty == 5.0
+    model.generation_config.repetition_penalty = None
 
 
 def test_the_wrong_temperature_is_caught(engine, problems, tokenizer):
@@ -121,10 +141,18 @@ def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, mod
     lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
     limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]
     fitting, skipped = ask(problems, tokenizer, model, Recipe(max_completion_length=limit))
-    assert len(fitting) + skipped == len(problems)
-    assert skipped == sum(n > lengths[len(lengths) // 2] for n in lengths) > 0
-    with pytest.raises(RunError, match=r"no prompt fits.*lower max_completion_length"):
+    assert len(fitting) + len(skipped) == len(problems)
+    assert len(skipped) == sum(n > lengths[len(lengths) // 2] for n in lengths) > 0
+    assert all("lower the latter or raise the former" in c for c in skipped)
+    with pytest.raises(
+        RunError, match=r"no prompt of 40 can be used; first complaint: prompt 0 .* tokens, context_length"
+    ):
         ask(problems, tokenizer, model, Recipe(max_completion_length=95))
+    foreign = arithmetic.problem(problems[0].expression, "words")
+    fitting, skipped = ask([problems[0], foreign], tokenizer, model, Recipe())
+    assert [a.problem for a in fitting] == [problems[0]]
+    assert "prompt 1 ('A counter shows" in skipped[0]
+    assert "does not know" in skipped[0]
 
 
 def test_a_missing_engine_is_named(model, tokenizer, monkeypatch):

@@ -70,6 +70,13 @@ def test_spans_partition_every_completion(pieces, text, eos, cut):
     assert (ends[-1] == len(ids) and ends[0] > 0) if ids else ends == []
 
 
+def test_special_tokens_in_the_middle_stay_visible(words):
+    """A checker that could not see them would take a broken step for a clean one."""
+    ids = encode(words, "Step 1: 3 + 4 = 7\n")
+    broken = [*ids[:3], words.pad_token_id, *ids[3:], words.eos_token_id]
+    assert step_texts(broken, step_ends(broken, words), words) == ["Step 1: 3 +<pad> 4 = 7\n"]
+
+
 def test_an_empty_completion_has_no_step(words):
     assert step_ends([], words) == []
     assert step_texts([], [], words) == []

@@ -271,7 +271,7 @@ def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
         (["--device", "cuda:7"], "not available"),
         (["--model", "no/such/model"], "cannot load model 'no/such/model'"),
         (["--resume", "true"], "nothing to resume"),
-        ([SMOKE, *TINY, "--max_completion_length", "125"], "no prompt fits"),
+        ([SMOKE, *TINY, "--max_completion_length", "125"], "no prompt of 10 can be used"),
     ],
     ids=lambda x: x[0] if isinstance(x, list) else "",
 )
@@ -295,13 +295,59 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, capsys):
     assert main(arguments) == 1
     error = capsys.readouterr().err
     assert "stopped before the optimizer moved" in error
-    assert "lower learning_rate" in error
     (saved,) = folder.glob("nonfinite_*.parquet")
     assert str(saved) in error
     assert read_rollouts(saved)
     weights = load_file(folder / "checkpoints" / "iteration_0" / "model.safetensors")
     assert all(w.isfinite().all() for w in weights.values())
     assert not (folder / "summary.json").exists()
+    assert "continue from the last checkpoint with --resume true and a lower --learning_rate" in error
+    assert main([*arguments[:-4], "--learning_rate", "1e-5", "--warmup_steps", "0", "--resume", "true"]) == 0
+    assert (folder / "summary.json").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["--reference_points", "exact", "--prm_trunk", "policy"],
+        ["--reference_points", "mismatched", "--prm_trunk", "trained", "--reference", "initial"],
+    ],
+    ids=lambda s: "-".join(s[1::2]),
+)
+def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, monkeypatch, settings):
+    """The reference is M_t and the head is fitted anew: neither may come from the half-updated weights."""
+    from stepkto_fast import update
+    from stepkto_fast.train import main
+
+    arguments = [SMOKE, *TINY, "--iterations", "2", "--save_steps", "1", *settings]
+    assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    real, calls = update.accumulate_gradients, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(update, "accumulate_gradients", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--output_dir", str(tmp_path / "cut")])
+    assert list((tmp_path / "cut" / "checkpoints").glob("iteration_1_step_1")), "it stopped in the second update"
+    assert main([*arguments, "--output_dir", str(tmp_path / "cut"), "--resume", "true"]) == 0
+    assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_overwriting_finds_out_what_is_wrong_before_it_deletes(smoke, capsys):
+    from stepkto_fast.train import main
+
+    before = {p: os.stat(p).st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
+    for bad in (["--model", "no/such/model"], ["--report_to", "wandb"], ["--test_file", "none.jsonl"]):
+        if bad[1] == "wandb" and importlib.util.find_spec("wandb"):
+            continue
+        assert main([SMOKE, "--output_dir", str(smoke), "--overwrite", "true", *bad]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    assert before == {p: os.stat(p).st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
 
 
 def test_a_full_run_is_not_overwritten_by_accident(smoke, capsys):

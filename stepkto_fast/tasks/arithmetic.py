@@ -20,6 +20,7 @@ import random
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from ..errors import RunError
@@ -113,21 +114,38 @@ def random_problem(rng: random.Random, level: str, operations: int) -> Problem:
     return problem(tree(0, operations), level)
 
 
+def random_problems(
+    seed: str, level: str, operations: range, exclude: frozenset[str] = frozenset()
+) -> Iterator[Problem]:
+    """Random problems without end, the same ones for the same `seed`, none whose prompt is in `exclude`.
+
+    Raises RunError when a thousand in a row are excluded.
+    """
+    rng = random.Random(f"problems {seed}")
+    excluded = 0
+    while excluded < 1000:
+        candidate = random_problem(rng, level, rng.choice(operations))
+        excluded = excluded + 1 if candidate.prompt in exclude else 0
+        if not excluded:
+            yield candidate
+    raise RunError(
+        f"every problem of level {level!r} with {operations.start} to {operations.stop - 1} operations is held out: "
+        "raise max_operations or ask for fewer held-out problems"
+    )
+
+
 def problems(
     count: int, seed: str, level: str, operations: range, exclude: frozenset[str] = frozenset()
 ) -> list[Problem]:
-    """`count` different problems whose prompts are not in `exclude`; the same ones for the same `seed`.
+    """`count` different random problems whose prompts are not in `exclude`.
 
     Raises RunError when the level has fewer different problems than asked for.
     """
-    rng = random.Random(f"problems {seed}")
     found: dict[str, Problem] = {}
-    for _ in range(100 * count + 1000):
+    for candidate in islice(random_problems(seed, level, operations, exclude), 100 * count + 1000):
         if len(found) == count:
             break
-        candidate = random_problem(rng, level, rng.choice(operations))
-        if candidate.prompt not in exclude:
-            found.setdefault(candidate.prompt, candidate)
+        found.setdefault(candidate.prompt, candidate)
     if len(found) < count:
         raise RunError(
             f"only {len(found)} different problems of level {level!r} with {operations.start} to {operations.stop - 1} "
@@ -140,17 +158,15 @@ def problems(
 
 
 def parse_prompt(prompt: str) -> Problem:
-    """The problem behind a prompt of any level; ValueError where it is not one."""
+    """The problem behind a prompt of any level, its prompt as this module writes it; ValueError where it is none."""
     text = prompt.strip()
     if text.startswith(CHAIN_TEXT):
-        expression = _parse_chain(text[len(CHAIN_TEXT) :].split())
-    elif text.startswith(NESTED_TEXT):
-        expression = _parse_nested(["(", *text[len(NESTED_TEXT) :].split(), ")"])
-    elif text.startswith(WORDS_TEXT):
-        expression = _parse_words(text[len(WORDS_TEXT) :])
-    else:
-        raise ValueError(f"a prompt starts with {CHAIN_TEXT!r}, {NESTED_TEXT!r} or {WORDS_TEXT!r}, got {prompt[:60]!r}")
-    return Problem(prompt=text + "\n", expression=expression)
+        return problem(_parse_chain(text[len(CHAIN_TEXT) :].split()), "chain")
+    if text.startswith(NESTED_TEXT):
+        return problem(_parse_nested(["(", *text[len(NESTED_TEXT) :].split(), ")"]), "nested")
+    if text.startswith(WORDS_TEXT):
+        return problem(_parse_words(text[len(WORDS_TEXT) :]), "words")
+    raise ValueError(f"a prompt starts with {CHAIN_TEXT!r}, {NESTED_TEXT!r} or {WORDS_TEXT!r}, got {prompt[:60]!r}")
 
 
 def _digit(token: str) -> int:
@@ -223,8 +239,9 @@ def read_problems(path: str) -> tuple[list[Problem], list[str]]:
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise ValueError("expected an object with a text field 'prompt'")
             candidate = parse_prompt(row["prompt"])
-            if "answer" in row and str(row["answer"]).strip() != str(candidate.answer):
-                raise ValueError(f"its answer {row['answer']!r} is not the prompt's value {candidate.answer}")
+            answer = str(candidate.answer)  # also proves that the expression is not too deep to work with
+            if "answer" in row and str(row["answer"]).strip() != answer:
+                raise ValueError(f"its answer {row['answer']!r} is not the prompt's value {answer}")
             found.append(candidate)
         except (ValueError, UnicodeDecodeError, RecursionError) as error:
             complaints.append(f"{path}:{number}: {error}")
