@@ -51,7 +51,7 @@ bench: $(STAMP)
 # On a machine with a GPU, from the source tree, with the machine's own Python: no setup, no network.
 gpu:
 	PYTHONPATH=.:kernels/torch-ext $(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a GPU that torch can see")'
-	PYTHONPATH=.:kernels/torch-ext $(PYTHON) -m pytest -q tests/test_linear_logp.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py
+	PYTHONPATH=.:kernels/torch-ext $(PYTHON) -m pytest -q tests/test_cuda.py tests/test_linear_logp.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py
 
 # Ahead-of-time compilation of the Triton kernels for every supported chip. There is none in this release.
 aot:
