@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+
 from . import report_figures as figures
 from .errors import RunError
 from .report_data import Run, Solution, mapping, number, read_run

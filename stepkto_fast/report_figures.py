@@ -273,7 +273,8 @@ def flow(iterations: Sequence[int], states: Sequence[Sequence[str]], order: Sequ
                 leaving[source], arriving[target] = a + thick, b + thick
                 d = (
                     f"M{x0:.1f},{a:.1f}C{middle:.1f},{a:.1f} {middle:.1f},{b:.1f} {x1:.1f},{b:.1f}"
-                    f"V{b + thick:.1f}C{middle:.1f},{b + thick:.1f} {middle:.1f},{a + thick:.1f} {x0:.1f},{a + thick:.1f}Z"
+                    f"V{b + thick:.1f}C{middle:.1f},{b + thick:.1f} {middle:.1f},{a + thick:.1f} "
+                    f"{x0:.1f},{a + thick:.1f}Z"
                 )
                 names = f"{model(iterations[m])} {source} → {model(iterations[m + 1])} {target}: {count} of {total}"
                 parts.append(_tag("path", _tag("title", escape(names)), d=d, class_=f"ribbon {source}"))
