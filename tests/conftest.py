@@ -1,6 +1,8 @@
 """What several test files share: tiny models, rollouts, and determinism of torch's threads."""
 
 import random
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -12,6 +14,16 @@ from stepkto_fast.tasks import arithmetic
 
 # These tensors are tiny: on a busy machine two threads that wait for each other are several times slower than one.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """Skips a test that compiles C++ where no compiler works."""
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if found is None or not shutil.which("cmake"):
+        pytest.skip("needs cmake and a C++ compiler")
+    if subprocess.run([found, "-x", "c++", "-fsyntax-only", "-"], input=b"int main() {}", check=False).returncode:
+        pytest.skip(f"{found} does not compile an empty program")
 
 
 @pytest.fixture(scope="session")

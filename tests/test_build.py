@@ -1,7 +1,5 @@
-"""The package imports alone, one way and without side effects; and it builds and installs with and without
-tools."""
+"""Every op has its parts, and the package builds and installs with and without tools."""
 
-import ast
 import shutil
 import subprocess
 import sys
@@ -14,27 +12,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
-SOURCES = sorted(PACKAGE.rglob("*.py"))
-has_tools = shutil.which("cmake") and (shutil.which("g++") or shutil.which("clang++"))
-needs_tools = pytest.mark.skipif(not has_tools, reason="needs cmake and a C++ compiler")
-
-
-def test_no_module_named_kernels():
-    assert not (ROOT / "kernels" / "__init__.py").exists()  # the name of Hugging Face's package
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_imports_are_relative_or_torch_or_the_standard_library(source):
-    for node in ast.walk(ast.parse(source.read_text())):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names = [node.module]
-        else:
-            continue
-        for name in names:
-            top = name.partition(".")[0]
-            assert top in ("torch", "triton") or top in sys.stdlib_module_names, f"{source.name} imports {name}"
+needs_tools = pytest.mark.usefixtures("compiler")
 
 
 def test_every_op_has_its_folder_truth_derivation_and_test():

@@ -315,6 +315,7 @@ def test_opcheck():
     )
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiles_with_inductor_without_graph_breaks_and_checks_values_when_it_runs():
     head, reference, batch = inputs()
     ref_logp = -torch.rand(len(batch["target"]))
