@@ -7,7 +7,9 @@ import subprocess
 import pytest
 import torch
 
+from stepkto_fast.objective import log_probs
 from stepkto_fast.policy import build_policy, build_tokenizer
+from stepkto_fast.recipe import Recipe
 from stepkto_fast.rollout import Rollout
 from stepkto_fast.segmentation import step_ends, step_texts
 from stepkto_fast.tasks import arithmetic
@@ -48,7 +50,7 @@ def model(tokenizer):
 
 
 @pytest.fixture
-def rollouts(problems, tokenizer):
+def rollouts(problems, tokenizer, model):
     """Worked solutions with wrong steps, two of each problem, labelled by the exact checker."""
     rng = random.Random(7)
     teacher = arithmetic.Misconceptions.draw("tests", share=0.3, rate=0.7, slip=0.05)
@@ -63,7 +65,9 @@ def rollouts(problems, tokenizer):
             r.label = arithmetic.answer_is_right(p, text)
             r.checker_labels = [int(x) for x in arithmetic.check_steps(p, r.steps)]
             r.step_labels = list(r.checker_labels)
-            r.ref_logps = [rng.uniform(-3, 0) for _ in ids]
             found.append(r)
+    # A reference close to the model: far from it every value function is saturated and hides what it should show.
+    for r, logp in zip(found, log_probs(model, found, Recipe()), strict=True):
+        r.ref_logps = [x + rng.uniform(-0.3, 0.3) for x in logp.tolist()]
     assert {r.label for r in found} == {True, False}
     return found
