@@ -84,7 +84,7 @@ def make_initial_policy(
     model = build_policy(
         tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
         max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
-    )  # fmt: skip
+    ).to(device_of(recipe))  # fmt: skip
     with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
         fine_tune(
             model, demonstrations(asked, teacher, tokenizer, str(recipe.seed)), steps=recipe.warm_start_steps,
@@ -137,7 +137,7 @@ def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
     device, problems = device_of(recipe), load_problems(recipe)
     require_engine(recipe)
     require_report(recipe)
-    given = load_policy(recipe.model) if recipe.model is not None and not recipe.resume else None
+    given = load_policy(recipe.model) if recipe.model is not None else None
     run = RunDirectory(recipe)
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
@@ -148,7 +148,7 @@ def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
         run.save_policy(*(given or make_initial_policy(recipe, problems, recorder)), progress)
     initial, tokenizer = run.load_model(0, device)
     policy, _ = run.load_model(progress.iteration, device)
-    progress.counts["skipped_rows"] = len(problems.complaints)
+    progress.counts |= {"skipped_rows": len(problems.complaints), "skipped_held-out_prompts": 0}
     test, complaints = ask(problems.test, tokenizer, policy, recipe)
     say_skipped("held-out", complaints, progress, recorder)
     with recorder.phase("engine", "starting the sampler"):

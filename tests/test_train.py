@@ -338,6 +338,27 @@ def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, 
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
 
+def test_a_run_that_died_before_its_first_checkpoint_resumes_with_its_model_and_counts_once(smoke, tmp_path):
+    from stepkto_fast.recipe import parse_recipe, write_recipe
+    from stepkto_fast.train import main
+
+    rows = [{"prompt": f"Compute left to right, modulo 10: {a} + 1"} for a in range(9)]
+    rows.append({"prompt": "Compute left to right, modulo 10: 1" + " + 1" * 60})
+    (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    folder = tmp_path / "run"
+    arguments = [SMOKE, *TINY, "--model", str(smoke / "model"), "--test_file", str(tmp_path / "test.jsonl")]
+    arguments += ["--output_dir", str(folder)]
+    folder.mkdir()
+    write_recipe(parse_recipe(arguments), folder / "config.yaml")
+    for _ in range(2):
+        assert main([*arguments, "--resume", "true"]) == 0
+        summary = json.loads((folder / "summary.json").read_text())
+        assert (summary["held_out_problems"], summary["counts"]["skipped_held-out_prompts"]) == (9, 1)
+    given = load_file(smoke / "model" / "model.safetensors")
+    used = load_file(folder / "checkpoints" / "iteration_0" / "model.safetensors")
+    assert all(torch.equal(used[name], tensor) for name, tensor in given.items())
+
+
 def test_overwriting_finds_out_what_is_wrong_before_it_deletes(smoke, capsys):
     from stepkto_fast.train import main
 
