@@ -139,7 +139,13 @@ def test_the_model_loads_in_transformers_and_is_the_last_policy(smoke):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in last.items())
     first = load_file(smoke / "checkpoints" / "iteration_0" / "model.safetensors")
     assert any(not torch.equal(v, last[k]) for k, v in first.items()), "training moved the weights"
-    assert "head.threshold" in load_file(smoke / "model" / "prm_head.safetensors")
+    saved = load_file(smoke / "model" / "prm_head.safetensors")
+    assert "head.threshold" in saved
+    trunk = {name.removeprefix("trunk."): tensor for name, tensor in saved.items() if name.startswith("trunk.")}
+    assert trunk, "prm_trunk is initial: the head reads M_0, not the model it lies beside"
+    assert all(torch.equal(tensor, first[f"model.{name}"]) for name, tensor in trunk.items())
+    summary = json.loads((smoke / "summary.json").read_text())
+    assert len({record["prm"]["threshold"] for record in summary["iterations"]}) == 1, "the head is fitted once"
 
 
 def test_a_killed_run_resumes_to_the_same_weights_and_metrics(smoke, tmp_path):
@@ -252,14 +258,20 @@ def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
         str(train_file),
         "--test_file",
         str(test_file),
+        "--num_prompts",
+        "30",
     ]
     assert main([SMOKE, *TINY, *arguments, "--output_dir", str(folder)]) == 0
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["counts"]["skipped_rows"] == 1
     assert summary["held_out_problems"] == 1
     assert f"skipped {train_file}:26" in " ".join(capsys.readouterr().out.split())
-    used = {r.prompt for r in read_rollouts(folder / "rollouts" / "iteration_0.parquet")}
-    assert prompts[0] not in used, "a held-out problem is left out of training"
+    used, seed = (
+        {r.prompt for r in read_rollouts(folder / "rollouts" / name)}
+        for name in ("iteration_0.parquet", "seed.parquet")
+    )
+    assert seed | used == set(prompts[1:]), "every problem but the held-out one"
+    assert not seed & used, "the head does not label problems that it was fitted on"
 
 
 @pytest.mark.parametrize(
@@ -321,6 +333,9 @@ def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, 
 
     arguments = [SMOKE, *TINY, "--iterations", "2", "--save_steps", "1", *settings]
     assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    rollouts = read_rollouts(tmp_path / "whole" / "rollouts" / "iteration_1.parquet")
+    moved = max(abs(a - b) for r in rollouts for a, b in zip(r.logps, r.ref_logps, strict=True))
+    assert (moved > 1e-3) == ("initial" in settings), "M_1's samples are held against M_0 or against M_1 itself"
     real, calls = update.accumulate_gradients, []
 
     def interrupted(*args):
