@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import native
+from . import native, triton_backend
 
 ENVIRONMENT_VARIABLE = "STEPKTO_BACKEND"
 AUTO = "auto"
@@ -78,19 +78,25 @@ def why_not(op: str, name: str) -> str | None:
         return f"it needs {lacking[0]}: {why_not(lacking[0], name)}" if lacking else None
     if name not in _KERNELS[op]:
         return f"no {name} kernel in this version; use {' or '.join((AUTO, *_KERNELS[op]))}"
-    return native.missing() if name == "native" else None
+    return {"native": native.missing, "triton": triton_backend.missing}.get(name, lambda: None)()
+
+
+def _refuses(name: str, tensor: torch.Tensor) -> str | None:
+    """Why backend `name`, which can run here, cannot take tensors like `tensor`; or None."""
+    if name == "triton":
+        return triton_backend.refuses(tensor)
+    if name == "native" and tensor.device.type != "cpu":
+        return f"it runs on CPU tensors and this call's are on {tensor.device.type}"
+    return None
 
 
 def choose(op: str, tensor: torch.Tensor, name: str = "") -> Kernel:
     """The kernel of `op` for tensors like `tensor`; a `name` that is not empty overrides the choice."""
     name = name or requested()
-    device = tensor.device.type
     if name == AUTO:
-        order = FASTEST_FIRST.get(device, ("reference",))
-        return next(_KERNELS[op][each] for each in order if why_not(op, each) is None)
-    reason = why_not(op, name)
-    if reason is None and name == "native" and device != "cpu":
-        reason = f"it runs on CPU tensors and this call's are on {device}"
+        order = FASTEST_FIRST.get(tensor.device.type, ("reference",))
+        return next(_KERNELS[op][each] for each in order if not (why_not(op, each) or _refuses(each, tensor)))
+    reason = why_not(op, name) or _refuses(name, tensor)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} lacks {op}: {reason}")
     return _KERNELS[op][name]
