@@ -25,8 +25,8 @@ def inputs(shape, dtype, drift=0.3):
 @pytest.fixture(params=["one tile", "many tiles"])
 def tiles(request, monkeypatch):
     if request.param == "many tiles":
-        monkeypatch.setattr(head_eager, "TILE_V", 16)
-        monkeypatch.setattr(head_eager, "TILE_ELEMENTS", 64)
+        monkeypatch.setattr(head_eager, "TILE_V", head_eager.VOCAB_TILE)
+        monkeypatch.setattr(head_eager, "TILE_ELEMENTS", 512)
 
 
 @pytest.mark.parametrize("head", HEADS.values(), ids=HEADS)

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-TILE_V = 8192
+VOCAB_TILE = 128  # width of the vocabulary tiles whose log-sum-exps a forward saves, on every backend
+TILE_V = 8192  # a multiple of it: what this backend multiplies at a time
 TILE_ELEMENTS = 2**24  # of logits held at a time: 64 MiB in fp32
 
 
@@ -73,6 +74,23 @@ def place_target(target_n: Tensor, tile: slice) -> tuple[Tensor, Tensor]:
     return row, target_n[row] - tile.start
 
 
+def vocab_tiles(vocabulary: int) -> int:
+    return -(-vocabulary // VOCAB_TILE)
+
+
+def tile_logsumexp(z_nv: Tensor) -> Tensor:
+    """(n, v) logits to the (n, ceil(v / VOCAB_TILE)) log-sum-exps of their tiles."""
+    short = -z_nv.shape[1] % VOCAB_TILE
+    if short:
+        z_nv = torch.nn.functional.pad(z_nv, (0, short), value=-torch.inf)
+    return z_nv.unflatten(1, (-1, VOCAB_TILE)).logsumexp(-1)
+
+
+def finite(lse_n: Tensor) -> Tensor:
+    """Log-sum-exps that can be subtracted: that of a tile which holds nothing but the target is -inf."""
+    return torch.where(lse_n == -torch.inf, 0, lse_n)
+
+
 def linear_logp_forward(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -82,9 +100,10 @@ def linear_logp_forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
-    return _forward(hidden_ND, head, target_N, ignore_index, with_entropy=False)[:2]
+    return _forward(hidden_ND, head, target_N, ignore_index, with_entropy=False)[:3]
 
 
 def linear_logp_entropy_forward(
@@ -96,17 +115,20 @@ def linear_logp_entropy_forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, entropy): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
     return _forward(hidden_ND, head, target_N, ignore_index, with_entropy=True)
 
 
 def _forward(
     hidden_ND: Tensor, head: Head, target_N: Tensor, ignore_index: int, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The target's own entry is kept apart from all sums, so that 1 - p of a confident token keeps its digits."""
     dtype = compute_dtype(hidden_ND)
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     lse_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
+    tile_lse_TN = logp_N.new_zeros(vocab_tiles(len(head.weight)), len(target_N))
     for rows in row_blocks(target_N != ignore_index, len(head.weight)):
         h_nD, target_n = hidden_ND[rows].to(dtype), target_N[rows]
         z_target_n = logp_N.new_zeros(len(target_n))
@@ -115,21 +137,28 @@ def _forward(
             z_nv = head.logits(h_nD, head.weight_tile(tile, dtype), tile)
             row, column = place_target(target_n, tile)
             z_target_n[row] = z_nv[row, column]
-            lse_tiles.append(z_nv.logsumexp(-1))
+            z_nv[row, column] = -torch.inf
+            lse_nt = tile_logsumexp(z_nv)
+            tile_lse_TN[tile.start // VOCAB_TILE :][: lse_nt.shape[1], rows] = lse_nt.T
+            lse_tiles.append(lse_nt.logsumexp(-1))
             if with_entropy:
-                logq_nv = z_nv.sub_(lse_tiles[-1][:, None])
-                entropy_tiles.append(-(logq_nv.exp() * logq_nv).sum(-1))
+                logq_nv = z_nv.sub_(finite(lse_tiles[-1])[:, None])
+                terms_nv = logq_nv.exp().mul_(logq_nv)
+                terms_nv[row, column] = 0
+                entropy_tiles.append(-terms_nv.sum(-1))
         lse_nt = torch.stack(lse_tiles, -1)
-        lse_n = lse_nt.logsumexp(-1)
-        lse_N[rows] = lse_n
-        # above 0 only if a device's logsumexp rounds below the maximum: never a result
-        logp_N[rows] = (z_target_n - lse_n).clamp_(max=0)
+        rest_n = lse_nt.logsumexp(-1)
+        lse_n = torch.logaddexp(rest_n, z_target_n)
+        logp_n = -torch.logaddexp(rest_n - z_target_n, torch.zeros_like(rest_n))
+        lse_N[rows], logp_N[rows] = lse_n, logp_n
         if with_entropy:
-            # chain rule of entropy over tiles, each term >= 0: H = sum_t P_t * (H_t - log P_t)
+            # chain rule of entropy over the target and the tiles, each term >= 0: H = sum_t P_t * (H_t - log P_t)
             logp_nt = lse_nt - lse_n[:, None]
-            entropy_n = (logp_nt.exp() * (torch.stack(entropy_tiles, -1) - logp_nt)).sum(-1)
-            entropy_N[rows] = entropy_n.clamp_(min=0)
-    return logp_N, lse_N, entropy_N
+            p_nt = logp_nt.exp()
+            entropy_N[rows] = (p_nt * torch.stack(entropy_tiles, -1) + torch.special.entr(p_nt)).sum(
+                -1
+            ) - logp_n.exp() * logp_n
+    return logp_N, lse_N, tile_lse_TN, entropy_N
 
 
 def linear_logp_backward(
@@ -137,7 +166,9 @@ def linear_logp_backward(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
+    logp_N: Tensor,
     lse_N: Tensor,
+    tile_lse_TN: Tensor,  # for backends that skip tiles
     bias_V: Tensor | None,
     logit_scale: float,
     softcap: float | None,
@@ -150,7 +181,7 @@ def linear_logp_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
     needs = need_hidden, need_weight, need_bias
-    return _backward(grad_logp_N, None, hidden_ND, head, target_N, lse_N, None, ignore_index, needs)
+    return _backward(grad_logp_N, None, hidden_ND, head, target_N, logp_N, lse_N, None, ignore_index, needs)
 
 
 def linear_logp_entropy_backward(
@@ -159,7 +190,9 @@ def linear_logp_entropy_backward(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
+    logp_N: Tensor,
     lse_N: Tensor,
+    tile_lse_TN: Tensor,
     entropy_N: Tensor,
     bias_V: Tensor | None,
     logit_scale: float,
@@ -173,7 +206,9 @@ def linear_logp_entropy_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
     needs = need_hidden, need_weight, need_bias
-    return _backward(grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, lse_N, entropy_N, ignore_index, needs)
+    return _backward(
+        grad_logp_N, grad_entropy_N, hidden_ND, head, target_N, logp_N, lse_N, entropy_N, ignore_index, needs
+    )
 
 
 def _backward(
@@ -182,6 +217,7 @@ def _backward(
     hidden_ND: Tensor,
     head: Head,
     target_N: Tensor,
+    logp_N: Tensor,
     lse_N: Tensor,
     entropy_N: Tensor | None,
     ignore_index: int,
@@ -208,13 +244,16 @@ def _backward(
             h_nD, g_n = hidden_ND[rows].to(dtype), grad_logp_N[rows, None].to(dtype) * head.slope
             z_nv = head.logits(h_nD, w_vD, tile)
             logp_nv = z_nv - lse_N[rows, None]
+            row, column = place_target(target_N[rows], tile)
+            logp_n = logp_N[rows][row]
+            target_term_n = -g_n[row, 0] * logp_n.expm1()  # g * (1 - p), to the last digit for p near 1
             if grad_entropy_N is None or entropy_N is None:
                 dz_nv = logp_nv.exp_().mul_(-g_n)
             else:
-                gH_n = grad_entropy_N[rows, None].to(dtype) * head.slope
-                dz_nv = (g_n + gH_n * (logp_nv + entropy_N[rows, None])).mul_(logp_nv.exp()).neg_()
-            row, column = place_target(target_N[rows], tile)
-            dz_nv[row, column] += g_n[row, 0]
+                gH_n, entropy_n = grad_entropy_N[rows, None].to(dtype) * head.slope, entropy_N[rows, None]
+                dz_nv = (g_n + gH_n * (logp_nv + entropy_n)).mul_(logp_nv.exp()).neg_()
+                target_term_n -= gH_n[row, 0] * logp_n.exp() * (logp_n + entropy_n[row, 0])
+            dz_nv[row, column] = target_term_n
             dz_nv = head.pull_back_(dz_nv, z_nv)
             if dh_ND is not None:
                 dh_ND[rows] += dz_nv @ w_vD

@@ -119,7 +119,9 @@ def linear_logp_forward(
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse): lse (N,) over the vocabulary; tile_lse (T, N) over each tile of VOCAB_TILE entries, the
+    target's left out. Columns of ignored rows hold nothing of use."""
     kernel = backends.choose("linear_logp", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
@@ -128,8 +130,14 @@ def linear_logp_forward(
 
 @linear_logp_forward.register_fake
 def _(hidden, weight, target, bias, *options):
+    return fake_results(hidden, weight, per_token=2)
+
+
+def fake_results(hidden, weight, per_token):
+    """logp, lse, tile_lse, and what comes after them."""
     shape = hidden.new_empty(hidden.shape[0], dtype=eager.compute_dtype(hidden))
-    return shape, torch.empty_like(shape)
+    logp, lse, *others = (torch.empty_like(shape) for _ in range(per_token))
+    return logp, lse, shape.new_empty(eager.vocab_tiles(weight.shape[0]), hidden.shape[0]), *others
 
 
 @op
@@ -138,7 +146,9 @@ def linear_logp_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    logp: Tensor,
     lse: Tensor,
+    tile_lse: Tensor,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
@@ -151,15 +161,15 @@ def linear_logp_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp", hidden, backend).backward(
-        grad_logp, hidden, weight, target, lse, bias, logit_scale, softcap, temperature, ignore_index,
-        filter_eps, need_hidden, need_weight, need_bias,
+        grad_logp, hidden, weight, target, logp, lse, tile_lse, bias, logit_scale, softcap, temperature,
+        ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(hidden, *grads)
 
 
 @linear_logp_backward.register_fake
-def _(grad_logp, hidden, weight, target, lse, bias, scale, softcap, temperature, ignore, eps, *needs_and_backend):
-    return fake_gradients(hidden, weight, bias, needs_and_backend[:3])
+def _(grad_logp, hidden, weight, target, logp, lse, tile_lse, bias, *options_needs_backend):
+    return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
 
 
 def fake_gradients(hidden, weight, bias, needs):
@@ -169,22 +179,20 @@ def fake_gradients(hidden, weight, bias, needs):
     )
 
 
-def _save_logp(ctx, inputs, output):
+def _save(ctx, inputs, output):
     hidden, weight, target, bias, *ctx.options = inputs
-    _, lse = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse)
+    ctx.save_for_backward(hidden, weight, target, *output, bias)
     ctx.backend = requested_for_backward()
 
 
-def _differentiate_logp(ctx, grad_logp, _):
-    hidden, weight, target, bias, lse = ctx.saved_tensors
+def _differentiate_logp(ctx, grad_logp, *_):
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-    grads = linear_logp_backward(grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend)
+    grads = linear_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend)
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
 
 
-linear_logp_forward.register_autograd(_differentiate_logp, setup_context=_save_logp)
+linear_logp_forward.register_autograd(_differentiate_logp, setup_context=_save)
 
 
 @op
@@ -199,7 +207,8 @@ def linear_logp_entropy_forward(
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, entropy)."""
     kernel = backends.choose("linear_logp_entropy", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
@@ -208,8 +217,7 @@ def linear_logp_entropy_forward(
 
 @linear_logp_entropy_forward.register_fake
 def _(hidden, weight, target, bias, *options):
-    shape = hidden.new_empty(hidden.shape[0], dtype=eager.compute_dtype(hidden))
-    return shape, torch.empty_like(shape), torch.empty_like(shape)
+    return fake_results(hidden, weight, per_token=3)
 
 
 @op
@@ -219,7 +227,9 @@ def linear_logp_entropy_backward(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
+    logp: Tensor,
     lse: Tensor,
+    tile_lse: Tensor,
     entropy: Tensor,
     bias: Tensor | None,
     logit_scale: float,
@@ -233,45 +243,27 @@ def linear_logp_entropy_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp_entropy", hidden, backend).backward(
-        grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, logit_scale, softcap,
-        temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
+        grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, entropy, bias, logit_scale,
+        softcap, temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(hidden, *grads)
 
 
 @linear_logp_entropy_backward.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, target, lse, entropy, bias, *options_needs_backend):
+def _(grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, entropy, bias, *options_needs_backend):
     return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
 
 
-def _save_logp_entropy(ctx, inputs, output):
-    hidden, weight, target, bias, *ctx.options = inputs
-    _, lse, entropy = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse, entropy)
-    ctx.backend = requested_for_backward()
-
-
-def _differentiate_logp_entropy(ctx, grad_logp, _, grad_entropy):
-    hidden, weight, target, bias, lse, entropy = ctx.saved_tensors
+def _differentiate_logp_entropy(ctx, grad_logp, _lse, _tile_lse, grad_entropy):
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     grads = linear_logp_entropy_backward(
-        grad_logp,
-        grad_entropy,
-        hidden,
-        weight,
-        target,
-        lse,
-        entropy,
-        bias,
-        *ctx.options[:-1],
-        *needs,
-        ctx.backend,
+        grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend
     )
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
 
 
-linear_logp_entropy_forward.register_autograd(_differentiate_logp_entropy, setup_context=_save_logp_entropy)
+linear_logp_entropy_forward.register_autograd(_differentiate_logp_entropy, setup_context=_save)
 
 
 def linear_logp(
@@ -301,7 +293,7 @@ def linear_logp(
         ignore_index: rows with this target give 0, and no gradient.
         filter_eps: the share of a token's non-target probability mass whose gradient the backward may drop,
             in [0, 1). 0 is exact; "auto" is 0 for fp32 and fp64 and 2^-9 for 16-bit inputs. The reference
-            backend drops nothing.
+            backend drops nothing; `stepkto_kernels.watch()` tells what was dropped.
         validate: whether to check the values of `target`, which makes the host wait for the device. None: on
             CPU only.
 
@@ -340,5 +332,7 @@ def linear_logp_entropy(
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
-    logp, _, entropy = linear_logp_entropy_forward(hidden, weight, target, bias, *options, reads_data(validate, hidden))
+    logp, _, _, entropy = linear_logp_entropy_forward(
+        hidden, weight, target, bias, *options, reads_data(validate, hidden)
+    )
     return logp, entropy

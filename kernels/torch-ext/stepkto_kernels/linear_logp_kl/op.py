@@ -2,15 +2,14 @@
 
 from typing import Literal, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .. import backends, checks
 from .._ops import op
-from ..linear_logp.eager import compute_dtype
 from ..linear_logp.op import (
     check_head,
     check_logit_options,
+    fake_results,
     linear_logp_backward,
     present,
     reads_data,
@@ -44,7 +43,8 @@ def linear_logp_kl_forward(
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, ref_logp, kl, lse, tile_lse), the last two of the policy and as in linear_logp_forward."""
     kernel = backends.choose("linear_logp_kl", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
@@ -64,22 +64,21 @@ def linear_logp_kl_forward(
 
 
 @linear_logp_kl_forward.register_fake
-def _(hidden, *rest):
-    shape = hidden.new_empty(hidden.shape[0], dtype=compute_dtype(hidden))
-    return shape, torch.empty_like(shape), torch.empty_like(shape), torch.empty_like(shape)
+def _(hidden, weight, *rest):
+    logp, lse, tile_lse, ref_logp, kl = fake_results(hidden, weight, per_token=4)
+    return logp, ref_logp, kl, lse, tile_lse
 
 
 def _save(ctx, inputs, output):
     hidden, weight, _, _, target, bias, _, *ctx.options = inputs
-    *_, lse = output
-    ctx.save_for_backward(hidden, weight, target, bias, lse)
+    logp, _, _, lse, tile_lse = output
+    ctx.save_for_backward(hidden, weight, target, logp, lse, tile_lse, bias)
     ctx.backend = requested_for_backward()
 
 
 def _differentiate(ctx, grad_logp, *_):
-    hidden, weight, target, bias, lse = ctx.saved_tensors
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[5]
-    grads = linear_logp_backward(grad_logp, hidden, weight, target, lse, bias, *ctx.options[:-1], *needs, ctx.backend)
+    grads = linear_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend)
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, None, None, dbias, None, *[None] * len(ctx.options)
 
@@ -138,7 +137,7 @@ def linear_logp_kl(
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     ref_hidden, ref_weight, ref_bias = check_reference_head(weight, ref_hidden, ref_weight, ref_bias, target)
     options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
-    logp, ref_logp, kl, _ = linear_logp_kl_forward(
+    logp, ref_logp, kl, _, _ = linear_logp_kl_forward(
         hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias, *options, reads_data(validate, hidden)
     )
     return LogpKL(logp, ref_logp.detach(), kl.detach())

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .. import backends, checks
 from .._ops import op
-from ..linear_logp.eager import compute_dtype
 from ..linear_logp.op import (
     check_head,
     check_logit_options,
@@ -19,6 +18,7 @@ from ..linear_logp.op import (
     reads_data,
     requested_for_backward,
 )
+from ..linear_logp.op import fake_results as fake_head_results
 from ..linear_logp_kl.op import check_reference_head
 from ..reference_points.op import ReferencePoints
 from ..step_kto.op import (
@@ -69,42 +69,42 @@ def linear_step_kto_forward(
     after_first_error: str,
     loss_type: str,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head, objective = (backends.choose(name, hidden) for name in ("linear_logp", "step_kto"))
     if validate:
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
         point_values(kl, step_kl, loss_type)
-    logp_N, lse_N = head.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+    logp_N, lse_N, tile_lse_TN = head.forward(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index
+    )
     ref_logp_N = ref_logp.to(logp_N.dtype).masked_fill(target == ignore_index, 0)
     *results, coefficient_N = objective.forward(
         logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
         num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
         step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
     )  # fmt: skip
-    return *results, logp_N, coefficient_N, lse_N
+    return *results, logp_N, coefficient_N, lse_N, tile_lse_TN
 
 
 @linear_step_kto_forward.register_fake
 def _(hidden, weight, target, bias, ref_logp, cu_seqlens, cu_steps, labels, step_labels, kl, *rest):
-    per_token = (kl.new_empty(target.shape[0]) for _ in range(3))
-    return *fake_results(kl, cu_seqlens, cu_steps), *per_token
+    logp, lse, tile_lse, coefficient = fake_head_results(hidden, weight, per_token=3)
+    return *fake_results(kl, cu_seqlens, cu_steps), logp, coefficient, lse, tile_lse
 
 
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, *rest = inputs
-    *_, coefficient, lse = output
+    *_, logp, coefficient, lse, tile_lse = output
     ctx.options, ctx.rest = rest[9:14], len(rest)
-    ctx.save_for_backward(hidden, weight, target, bias, coefficient, lse)
+    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, bias)
     ctx.backend = requested_for_backward()
 
 
 def _differentiate(ctx, grad_loss, *_):
-    hidden, weight, target, bias, coefficient, lse = ctx.saved_tensors
+    coefficient, *saved = ctx.saved_tensors
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-    grads = linear_logp_backward(
-        grad_loss * coefficient, hidden, weight, target, lse, bias, *ctx.options, *needs, ctx.backend
-    )
+    grads = linear_logp_backward(grad_loss * coefficient, *saved, *ctx.options, *needs, ctx.backend)
     dhidden, dweight, dbias = present(*grads, needed=needs)
     return dhidden, dweight, None, dbias, *[None] * ctx.rest
 
@@ -143,14 +143,14 @@ def linear_step_kto_exact_forward(
     step_reduction: str,
     after_first_error: str,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     pair, points, objective = (
         backends.choose(name, hidden) for name in ("linear_logp_kl", "reference_points", "step_kto")
     )
     if validate:
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
-    logp_N, ref_logp_N, kl_N, lse_N = pair.forward(
+    logp_N, ref_logp_N, kl_N, lse_N, tile_lse_TN = pair.forward(
         hidden,
         weight,
         ref_hidden,
@@ -169,21 +169,21 @@ def linear_step_kto_exact_forward(
         num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
         step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
     )  # fmt: skip
-    return *results, logp_N, kl, step_kl, coefficient_N, lse_N
+    return *results, logp_N, kl, step_kl, coefficient_N, lse_N, tile_lse_TN
 
 
 @linear_step_kto_exact_forward.register_fake
 def _(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, *rest):
-    logp, coefficient, lse = (hidden.new_empty(target.shape[0], dtype=compute_dtype(hidden)) for _ in range(3))
+    logp, lse, tile_lse, coefficient = fake_head_results(hidden, weight, per_token=3)
     results = fake_results(logp, cu_seqlens, cu_steps)
-    return *results, logp, logp.new_empty(()), logp.new_empty(()), coefficient, lse
+    return *results, logp, logp.new_empty(()), logp.new_empty(()), coefficient, lse, tile_lse
 
 
 def _save_exact(ctx, inputs, output):
     hidden, weight, target, bias, *rest = inputs
-    *_, coefficient, lse = output
+    *_, logp, _, _, coefficient, lse, tile_lse = output
     ctx.options, ctx.rest = rest[9:14], len(rest)
-    ctx.save_for_backward(hidden, weight, target, bias, coefficient, lse)
+    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, bias)
     ctx.backend = requested_for_backward()
 
 
@@ -258,7 +258,7 @@ def linear_step_kto(
         global_count("num_completions", num_completions, hidden),
         global_count("num_supervised", num_supervised, hidden),
     )
-    loss, *others, _, _ = linear_step_kto_forward(
+    loss, *others, _, _, _ = linear_step_kto_forward(
         hidden, weight, target, bias, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl,
         step_kl, *counts, *options, *objective, reads_data(validate, hidden),
     )  # fmt: skip
@@ -335,7 +335,7 @@ def linear_step_kto_exact(
         global_count("num_completions", num_completions, hidden),
         global_count("num_supervised", num_supervised, hidden),
     )
-    loss, *others, _, _ = linear_step_kto_exact_forward(
+    loss, *others, _, _, _ = linear_step_kto_exact_forward(
         hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, labels,
         step_labels, *counts, *options, *objective[:-1], reads_data(validate, hidden),
     )  # fmt: skip
