@@ -1,0 +1,198 @@
+"""What is timed on a GPU, ours and the bare products here and the peers in gpu_peers.py, with one signature.
+
+`start(inputs, gradients)` returns a call without arguments, and that returns Found(value, dhidden, dweight), the last
+two None where no gradients were asked for. `kind` says what the value is and how the gradients came about:
+
+    logp    (N,) log-probabilities; gradients of sum_n inputs.slope_n * logp_n
+    kl      logp, and the exact KL beside it; gradients of logp as above
+    mean    a scalar, -mean(logp), and its gradients: for peers that are at their best that way
+    kto, kto with reference, kto exact      the objective's loss and its gradients
+    none    a product: nothing to check
+
+A peer that is not importable, or cannot do what the inputs ask for, raises in `start`; so may anything.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import stepkto_kernels as sk
+import torch
+from gpu_inputs import Inputs
+from torch import Tensor
+
+BETA = 0.02  # small, so that bf16's rounding of 512 summed log-probabilities moves the slopes by a few per cent only
+
+
+class Found(NamedTuple):
+    value: Any = None
+    dhidden: Tensor | None = None
+    dweight: Tensor | None = None
+
+
+class Contender(NamedTuple):
+    name: str
+    start: Callable[[Any, bool], Callable[[], Found]]
+    kind: str = "logp"
+    op: str = ""  # ours: whose backend is recorded; peers have none
+    compiles: bool = False  # with torch.compile: it may take minutes to start
+
+
+class UnsupportedError(Exception):
+    """Why a contender cannot take these inputs."""
+
+
+def require(condition: bool, reason: str) -> None:
+    if not condition:
+        raise UnsupportedError(reason)
+
+
+def differentiated(function: Callable, kind: str, x: Inputs, gradients: bool) -> Callable[[], Found]:
+    """`function(hidden, weight)` returns what `kind` says; the gradients are taken of it by autograd."""
+    if not gradients:
+
+        @torch.no_grad()
+        def forward() -> Found:
+            return Found(function(x.hidden, x.weight))
+
+        return forward
+    leaves = [x.hidden.detach().requires_grad_(), x.weight.detach().requires_grad_()]
+
+    def both() -> Found:
+        value = function(*leaves)
+        first = value[0] if isinstance(value, tuple) else value
+        slope = x.slope.to(first.dtype) if kind in ("logp", "kl") else None
+        gradients = torch.autograd.grad(first, leaves, slope)
+        value = tuple(v.detach() for v in value) if isinstance(value, tuple) else value.detach()
+        return Found(value, *gradients)
+
+    return both
+
+
+CONTENDERS: dict[str, Contender] = {}
+
+
+def contender(name: str, kind: str = "logp", op: str = "", compiles: bool = False) -> Callable:
+    """Registers `make(inputs)`, which returns the function that `differentiated` describes."""
+
+    def add(make: Callable[[Inputs], Callable]) -> Callable:
+        def start(x: Inputs, gradients: bool) -> Callable[[], Found]:
+            return differentiated(make(x), kind, x, gradients)
+
+        CONTENDERS[name] = Contender(name, start, kind, op, compiles)
+        return make
+
+    return add
+
+
+def bare(x: Inputs, forwards: int, backwards: int) -> Callable[[], Found]:
+    """The head's products alone, into buffers that exist: what no exact method can be faster than."""
+    h, w = x.hidden, x.weight
+    z = h @ w.T
+    dh, dw = torch.empty_like(h), torch.empty_like(w)
+
+    def products() -> Found:
+        for _ in range(forwards):
+            torch.mm(h, w.T, out=z)
+        for _ in range(backwards):
+            torch.mm(z, w, out=dh)
+            torch.mm(z.T, h, out=dw)
+        return Found()
+
+    return products
+
+
+CONTENDERS["bare 2NDV"] = Contender("bare 2NDV", lambda x, _: bare(x, 1, 0), kind="none")
+CONTENDERS["bare 6NDV"] = Contender("bare 6NDV", lambda x, _: bare(x, 1, 1), kind="none")
+CONTENDERS["bare 8NDV"] = Contender("bare 8NDV", lambda x, _: bare(x, 2, 1), kind="none")
+
+
+@contender("ours", op="linear_logp")
+def linear_logp(x):
+    return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap)
+
+
+@contender("ours, exact", op="linear_logp")
+def linear_logp_exact(x):
+    return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap, filter_eps=0)
+
+
+def logp_kl(x: Inputs, ref_weight: Tensor | None) -> Callable:
+    def function(h, w):
+        head = w.detach() if ref_weight is None else ref_weight
+        out = sk.linear_logp_kl(h, w, x.ref_hidden, head, x.target, softcap=x.shape.softcap)
+        return out.logp, out.kl
+
+    return function
+
+
+@contender("ours, linear_logp_kl", kind="kl", op="linear_logp_kl")
+def linear_logp_kl(x):
+    return logp_kl(x, x.weight.clone())
+
+
+@contender("ours, linear_logp_kl with one head", kind="kl", op="linear_logp_kl")
+def linear_logp_kl_one_head(x):
+    return logp_kl(x, None)
+
+
+def unreferenced_point(x: Inputs) -> float:
+    """A reference point for a KTO without a reference model that leaves the losses unsaturated."""
+    return x.truth.logp.sum().item() / len(x.batch["labels"])
+
+
+@contender("ours, linear_step_kto", kind="kto", op="linear_logp")
+def linear_step_kto(x):
+    zeros = torch.zeros(x.shape.n, device=x.device)
+    point = torch.tensor(unreferenced_point(x), device=x.device)
+    options = {"kl": point, "beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
+    return lambda h, w: sk.linear_step_kto(h, w, x.target, zeros, **x.batch, **options).loss
+
+
+@contender("ours, linear_step_kto after the reference's linear_logp", kind="kto with reference", op="linear_logp")
+def linear_step_kto_with_reference(x):
+    options = {"beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
+
+    def function(h, w):
+        with torch.no_grad():
+            ref_logp = sk.linear_logp(x.ref_hidden, x.weight, x.target, softcap=x.shape.softcap)
+        return sk.linear_step_kto(h, w, x.target, ref_logp, **x.batch, **options).loss
+
+    return function
+
+
+@contender("ours, linear_step_kto_exact", kind="kto exact", op="linear_logp_kl")
+def linear_step_kto_exact(x):
+    def function(h, w):
+        return sk.linear_step_kto_exact(
+            h, w, x.ref_hidden, x.weight, x.target, **x.batch, beta=BETA, softcap=x.shape.softcap
+        ).loss
+
+    return function
+
+
+def errors(x: Inputs, contender: Contender, found: Found) -> tuple[float, float | None]:
+    """Of the value (nats for log-probabilities, else relative) and, relative, of the gradients."""
+    kind, value = contender.kind, found.value
+    slope = x.slope
+    if kind in ("logp", "kl"):
+        logp = value[0] if kind == "kl" else value
+        deviations = [logp.double() - x.truth.logp]
+        if kind == "kl":
+            deviations.append(value[1].double() - x.kl)
+        error = torch.stack(deviations).abs().max().item()
+    else:
+        if kind == "mean":
+            wanted, slope = -x.truth.logp.mean().item(), torch.full_like(slope, -1 / x.shape.n)
+        elif kind == "kto":
+            zeros = torch.zeros(x.shape.n)
+            wanted, slope = x.objective(zeros, kl=unreferenced_point(x), beta=BETA, step_weight=0.0)
+        elif kind == "kto with reference":
+            wanted, slope = x.objective(x.ref_truth.logp, beta=BETA, step_weight=0.0)
+        else:
+            points = sk.reference_points(x.kl, x.batch["cu_seqlens"], x.batch["cu_steps"]).points()
+            kl, step_kl = (point.item() for point in points)
+            wanted, slope = x.objective(x.ref_truth.logp, kl=kl, step_kl=step_kl, beta=BETA)
+        error = abs(value.item() - wanted) / abs(wanted)
+    if found.dhidden is None or found.dweight is None:
+        return error, None
+    return error, x.gradient_error(slope, found.dhidden, found.dweight)

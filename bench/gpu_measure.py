@@ -1,0 +1,215 @@
+"""The measuring process of gpu.py: makes the inputs, checks a contender against the fp64 truth, then times it.
+
+python bench/gpu_measure.py RESULTS.json DEVICE DEADLINE SHAPE...
+"""
+
+import contextlib
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gpu
+import gpu_contenders
+import gpu_inputs
+import gpu_objective
+import gpu_peers  # noqa: F401  registers them
+import stepkto_kernels as sk
+import torch
+from stepkto_kernels import backends
+
+LIMITS = {False: 60.0, True: 120.0}  # seconds an item may take, by whether torch.compile is in it
+LM_LIMIT = 300.0
+# relative, or nats: (of values, of gradients). bf16 logits cost peers several hundredths of a nat, and gradients summed
+# in bf16 several per cent; beyond this something else is wrong. Ours never round logits.
+TOLERANCE = {"ours": (5e-3, 0.02), "peers": (0.5, 0.12)}
+
+
+class Clock:
+    """Milliseconds of a call, again and again, the cache flushed before each."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        size = max(2**28, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if self.cuda else 2**20
+        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def rounds(self, call: Callable, count: int) -> list[float]:
+        if not self.cuda:
+            found = []
+            for _ in range(count):
+                before = time.perf_counter()
+                call()
+                found.append((time.perf_counter() - before) * 1e3)
+            return found
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+        for start, stop in events:
+            self.flush.zero_()
+            start.record()
+            call()
+            stop.record()
+        torch.cuda.synchronize()
+        return [start.elapsed_time(stop) for start, stop in events]
+
+    def time(self, call: Callable, seconds: float) -> dict:
+        estimate = statistics.median(self.rounds(call, 2)) / 1e3
+        count = min(100, max(3 if estimate > 0.5 else 7, int(seconds / max(estimate, 1e-6))))
+        found = sorted(self.rounds(call, count))
+        q1, median, q3 = statistics.quantiles(found, n=4)
+        return {"median_ms": median, "q1_ms": q1, "q3_ms": q3, "iqr_ms": q3 - q1, "rounds": count}
+
+
+def peak(call: Callable, device: torch.device) -> float | None:
+    """MiB at the highest point of a call beyond what was there before, the gradients it returns not counted."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = call()
+    torch.cuda.synchronize()
+    gradients = sum(g.numel() * g.element_size() for g in (found.dhidden, found.dweight) if g is not None)
+    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
+
+
+def records(call: Callable) -> dict:
+    """What `stepkto_kernels.watch` tells of the backward of one call."""
+    watch = getattr(sk, "watch", None)
+    if watch is None:
+        return {}
+    with watch() as calls:
+        call()
+    if not calls:
+        return {}
+    last = calls[-1]
+    numbers = ((name, getattr(last, name, None)) for name in ("rho", "dropped_max", "dropped_mean"))
+    return {name: float(n) for name, n in numbers if n is not None} | {"path": str(getattr(last, "path", ""))}
+
+
+def chosen_backend(op: str, device: torch.device) -> str:
+    order = backends.FASTEST_FIRST.get(device.type, ("reference",))
+    if backends.requested() != backends.AUTO:
+        return backends.requested()
+    return next((name for name in order if backends.why_not(op, name) is None), "reference")
+
+
+def measure(entry: gpu.Entry, make: gpu_inputs.Maker, objective: Callable, clock: Clock) -> dict:
+    x: Any
+    errors: Callable
+    if entry.shape == "step_kto":
+        x, known, errors = objective(), gpu_objective.CONTENDERS, gpu_objective.errors
+        sizes = {"n": x.n, "bytes": gpu_objective.BYTES * x.n}
+    else:
+        # the language model brings its own shape
+        shape = gpu_inputs.SHAPES.get(entry.shape) or gpu_inputs.Shape(entry.shape, 0, 0, 0)
+        x, known, errors = make(shape, entry.inputs), gpu_contenders.CONTENDERS, gpu_contenders.errors
+        sizes = x.shape._asdict() | {"entropy": x.truth.entropy.mean().item()}
+        quantiles = torch.tensor([0.5, 0.8, 0.95], dtype=torch.float64, device=x.device)
+        sizes |= {"entropy_quantiles": x.truth.entropy.quantile(quantiles).tolist()}
+        sizes = {name: value for name, value in sizes.items() if name != "name"}
+    contender = known[entry.contender]
+    facts: dict = {**sizes, "seconds": 0.0}
+    if contender.op:
+        facts["backend"] = chosen_backend(contender.op, x.device)
+    call = contender.start(x, entry.gradients)
+    found = call()
+    if contender.kind != "none":
+        facts["value_error"], facts["gradient_error"] = errors(x, contender, found)
+        allowed = TOLERANCE["ours" if contender.op else "peers"]
+        for what, most in zip(("value_error", "gradient_error"), allowed, strict=True):
+            if facts[what] is not None and not facts[what] <= most:  # NaN, too
+                facts["status"] = "wrong"
+                facts["reason"] = f"{what.replace('_', ' ')} {facts[what]:.2g} beyond {most:g}"
+                return facts
+        if contender.op and entry.gradients:
+            facts |= records(call)
+        if hasattr(x, "shape"):
+            del found
+            facts["peak_mib"] = peak(call, x.device)
+            if facts["peak_mib"] is not None:
+                logits = x.shape.n * x.shape.v / 2**20
+                facts |= {
+                    f"peak_share_{dtype}": facts["peak_mib"] / (logits * b) for dtype, b in (("bf16", 2), ("fp32", 4))
+                }
+    facts |= clock.time(call, gpu.SECONDS if clock.cuda else 0.02)
+    seconds = facts["median_ms"] / 1e3
+    if hasattr(x, "shape"):
+        products = 2 if not entry.gradients else 8 if entry.contender == "bare 8NDV" else 6
+        facts["tflops"] = products * x.shape.n * x.shape.d * x.shape.v / seconds / 1e12
+    else:
+        moved = facts["bytes"] if contender.name != "large copy" else 2 * gpu_objective.large_copy(x.device)
+        facts["bytes"], facts["gb_per_s"] = moved, moved / seconds / 1e9
+    return facts | {"status": "ok"}
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def attempt(entry: gpu.Entry, *others) -> dict:
+    start = time.monotonic()
+    try:
+        facts = measure(entry, *others)
+    except (ImportError, gpu_contenders.UnsupportedError) as error:
+        facts = {"status": "not available", "reason": one_line(error)}
+    except Exception as error:  # whatever a contender does, the next one runs
+        facts = {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
+    return facts | {"seconds": round(time.monotonic() - start, 2)}
+
+
+def shown(key: str, facts: dict) -> str:
+    if facts["status"] != "ok":
+        return f"{key}: {facts['status']}, {facts['reason']}"
+    extra = [
+        f"{name} {facts[name]:.3g}"
+        for name in ("rho", "gradient_error", "peak_share_bf16")
+        if facts.get(name) is not None
+    ]
+    return f"{key}: {facts['median_ms']:.3f} ms +- {facts['iqr_ms'] / 2:.3f}  {'  '.join(extra)}"
+
+
+def main() -> int:
+    path, device_name, deadline, *shapes = sys.argv[1:]
+    device = torch.device(device_name)
+    results = gpu.Results(Path(path))
+    done = {gpu.key_of(item) for item in results.data["items"]}
+    make, clock = gpu_inputs.Maker(device), Clock(device)
+    tokens: list[gpu_objective.Tokens] = []
+
+    def objective() -> gpu_objective.Tokens:
+        if not tokens:
+            size = {} if clock.cuda else {"n": 4000}
+            tokens.append(gpu_objective.Tokens(device, **size))
+        return tokens[0]
+
+    for entry in gpu.plan(shapes):
+        if entry.key in done:
+            continue
+        if time.time() > float(deadline):
+            break
+        if fatal := gpu.gave_up(results.data, entry):
+            results.finish(entry, status="failed", reason=f"not tried again: {fatal}")
+            continue
+        contender = gpu_contenders.CONTENDERS.get(entry.contender)
+        limit = LM_LIMIT if entry.shape == "lm" else LIMITS[bool(contender and contender.compiles)]
+        results.begin(entry, limit)
+        facts = attempt(entry, make, objective, clock)
+        results.finish(entry, **facts)
+        print(shown(entry.key, facts), flush=True)
+        gc.collect()
+        if clock.cuda:
+            with contextlib.suppress(Exception):
+                torch.cuda.empty_cache()
+            try:
+                torch.cuda.synchronize()
+            except Exception:  # such an error stays with the process
+                results.finish(entry, **facts, fatal=True)
+                return gpu.STOPPED
+    return 0
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    sys.exit(main())
