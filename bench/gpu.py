@@ -264,8 +264,9 @@ def main() -> int:
     except Exception as error:  # matplotlib may be missing, and a figure is not worth the table
         files = [path]
         print(f"no figures: {type(error).__name__}: {error}")
-    print("\n".join(str(name) for name in files))
-    print(gpu_figures.table(data))
+    table = gpu_figures.table(data)
+    path.with_suffix(".txt").write_text(table + "\n")
+    print("\n".join([*(str(name) for name in files), table]))
     return 0 if any(item["status"] == "ok" for item in data["items"]) else 1
 
 

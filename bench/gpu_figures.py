@@ -123,7 +123,8 @@ def group_lines(data: dict, shape: str, inputs: str) -> list[str]:
     entropy = number(first.get("entropy"), ", {:.2f} nats")
     lines = [f"{shape} {size}, {inputs}{entropy}"]
     lines.append(
-        f"  {'':<40} {'fwd ms':>8} {'x2NDV':>6} {'both ms':>8} {'x6NDV':>6} {'rho':>5} {'error':>7} {'peak':>6}"
+        f"  {'':<40} {'fwd ms':>8} {'x2NDV':>6} {'both ms':>8} {'x6NDV':>6} {'rho':>5} {'block':>5} {'error':>7} "
+        f"{'peak':>6}"
     )
     bare = {
         FORWARD: time_of(data, shape=shape, inputs=inputs, contender="bare 2NDV", pass_=FORWARD)
@@ -139,7 +140,8 @@ def group_lines(data: dict, shape: str, inputs: str) -> list[str]:
         lines.append(
             f"  {name[:40]:<40} {number(fwd, '{:.3f}'):>8} {number(ratio(fwd, bare[FORWARD]), '{:.2f}'):>6} "
             f"{number(both, '{:.3f}'):>8} {number(ratio(both, bare[BOTH]), '{:.2f}'):>6} "
-            f"{number(last.get('rho'), '{:.2f}'):>5} {number(last.get('gradient_error'), '{:.1e}'):>7} "
+            f"{number(last.get('rho'), '{:.2f}'):>5} {number(last.get('rho_blocks'), '{:.2f}'):>5} "
+            f"{number(last.get('gradient_error'), '{:.1e}'):>7} "
             f"{number(share, '{:.1%}'):>6}".rstrip()
         )
     for which, mine in ((FORWARD, "ours"), (BOTH, "ours"), (BOTH, "ours, linear_step_kto")):
@@ -156,8 +158,9 @@ def group_lines(data: dict, shape: str, inputs: str) -> list[str]:
 
 
 def table(data: dict) -> str:
+    """What matters most comes last: whoever sees only the end of a long output sees that."""
     lines = [f"{data['machine'].get('gpu')}, torch {data['machine'].get('torch')}, {data['machine'].get('date')}"]
-    for shape, inputs in groups(data):
+    for shape, inputs in reversed(groups(data)):
         lines += group_lines(data, shape, inputs)
     failures: dict[tuple[str, str], list[str]] = {}
     for item in data["items"]:

@@ -271,7 +271,7 @@ class Maker:
             else:
                 from gpu_language_model import real_inputs
 
-                self.inputs = real_inputs(self.device, tiny=shape.name == "tiny")
+                self.inputs = real_inputs(self.device, tiny=self.device.type == "cpu")
             return self.inputs
         if self.family is None or self.family[0] != (shape, kind):
             self.family = None
