@@ -213,7 +213,7 @@ def bars(data: dict, shape: str, inputs: str, value: str, title: str, unit: str)
     for place, (item, length) in enumerate(zip(items, values, strict=True)):
         share = f" ({item['peak_share_bf16']:.1%} of bf16 logits)" if value == "peak_mib" else ""
         axes.text(length, place, f"  {length:,.3g}{share}" if length < 1000 else f"  {length:,.0f}{share}", va="center")
-    axes.set_xlim(0, 1.25 * max(values) or 1)
+    axes.set_xlim(0, (1.5 if value == "peak_mib" else 1.2) * max(values) or 1)
     axes.set_xlabel(unit, color=INK)
     return figure
 
@@ -224,26 +224,28 @@ def curve(data: dict, shape: str):
     if not items:
         return None
     known = any(i.get("rho") is not None for i in items)
-    points = sorted((i["rho"] if known else i["entropy"], i) for i in items if not known or i.get("rho") is not None)
+    points = [(i["rho"] if known else i["entropy"], i) for i in items if not known or i.get("rho") is not None]
+    points.sort(key=lambda point: point[0])
     subtitle = f"{data['machine']['gpu']}; N = {items[0]['n']}, D = {items[0]['d']}, V = {items[0]['v']}, bf16"
-    what = "share of the head's tiles that the backward computes" if known else "mean entropy"
-    figure, axes = new_axes(f"Forward and backward over the {what}", subtitle, 5)
+    figure, axes = new_axes(f"Forward and backward over {'rho' if known else 'the mean entropy'}", subtitle, 5)
     axes.plot([x for x, _ in points], [i["median_ms"] for _, i in points], color=OURS, marker="o", label="ours")
-    for x, item in points:
+    for place, (x, item) in enumerate(points):
         axes.annotate(
             f"{item['inputs'].split()[0]}, {item['entropy']:.2g} nats", (x, item["median_ms"]), fontsize=8, color=MUTED,
-            textcoords="offset points", xytext=(6, -11),
+            textcoords="offset points", xytext=(0, 9 if place % 2 else -16), ha="center",
         )  # fmt: skip
     lines = (("bare 6NDV", BARE, "-"), ("bare 8NDV", BARE, ":"), ("ours, exact", OURS, "--"), ("TRL", INK, "--"))
     for name, colour, style in lines:
         height = time_of(data, shape=shape, inputs="flat", contender=name, pass_=BOTH)
         if height is not None:
             axes.axhline(height, color=colour, linestyle=style, linewidth=1.2, label=name)
-    axes.set_xlabel("rho" if known else "mean entropy, nats", color=INK)
+    what = "rho: share of (token, vocabulary tile) pairs that the backward visits"
+    axes.set_xlabel(what if known else "mean entropy, nats", color=INK)
     axes.set_ylabel("ms", color=INK)
     axes.set_ylim(bottom=0)
-    if known:
-        axes.set_xlim(0, 1.05)
+    if known and points[0][0] > 0:
+        axes.set_xscale("log")  # language models sit far below 0.1
+        axes.set_xlim(points[0][0] / 2, 2)
     axes.legend(frameon=False, fontsize=9)
     return figure
 
