@@ -11,12 +11,14 @@ from .linear_logp_kl.op import LogpKL, linear_logp_kl
 from .linear_step_kto.op import linear_step_kto, linear_step_kto_exact
 from .reference_points.op import ReferencePoints, reference_points
 from .step_kto.op import StepKTOOutput, step_kto
+from .routing import Routing, watch
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LogpKL",
     "ReferencePoints",
+    "Routing",
     "StepKTOOutput",
     "backend",
     "linear_logp",
@@ -26,4 +28,5 @@ __all__ = [
     "linear_step_kto_exact",
     "reference_points",
     "step_kto",
+    "watch",
 ]

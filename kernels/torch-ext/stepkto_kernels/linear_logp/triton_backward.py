@@ -1,0 +1,497 @@
+"""The backward of linear_logp and linear_logp_entropy on a GPU: a grouped GEMM over the (token, vocabulary tile) pairs
+of `triton_route`. Chunk by chunk: the pairs' gradients dL/dz into a workspace, one row of TILE entries a pair; from them
+dW, whose tiles each belong to one program; and dhidden, whose blocks of tokens do. No atomics: bitwise reproducible.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..routing import record
+from ..triton_backend import Compilation, chip, interpreting, multiprocessors
+from .eager import VOCAB_TILE
+from .triton_forward import ELEMENT, precision, rows_contiguous, scalars, tma
+from .triton_math import expm1, logits, multiply, operand, rounded
+from .triton_route import BLOCK, Routes, route
+
+TILE = tl.constexpr(VOCAB_TILE)
+BLOCK_J = tl.constexpr(BLOCK)
+WORKSPACE_BYTES = 2**27  # for gradients of logits; more (1 KiB a token in 16 bits) only past 131072 tokens
+
+
+@triton.jit
+def chunk_rows(base, first_tile, c):
+    """First tile, tile after the last, first row, row after the last."""
+    t0 = tl.load(first_tile + c)
+    t1 = tl.load(first_tile + c + 1)
+    return t0, t1, tl.load(base + t0), tl.load(base + t1)
+
+
+@triton.jit
+def list_rows(
+    order,
+    rank,  # (T, N)
+    first,  # (T, I)
+    base,
+    first_tile,
+    row_token,  # (capacity,) out: the token of each row of the chunk, or -1 where a tile's last block is not full
+    block_tile,  # (capacity / BLOCK_J,) out
+    N,
+    I,
+    c,
+    programs,
+    BLOCK_J: tl.constexpr,
+):
+    t0, t1, row0, _ = chunk_rows(base, first_tile, c)
+    for t in tl.range(t0 + tl.program_id(0), t1, programs):
+        start, stop = tl.load(base + t) - row0, tl.load(base + t + 1) - row0
+        for b in range(start // BLOCK_J, stop // BLOCK_J):
+            tl.store(block_tile + b, t)
+        rows = start.to(tl.int32)
+        for i in range(0, I):
+            j = i * BLOCK_J + tl.arange(0, BLOCK_J)
+            rank_J = tl.load(rank + tl.cast(t, tl.int64) * N + j, mask=j < N, other=-1).to(tl.int32)
+            before = start.to(tl.int32) + tl.load(first + t * I + i)
+            tl.store(row_token + before + rank_J, tl.load(order + j, mask=j < N, other=0), mask=rank_J >= 0)
+            rows = tl.maximum(rows, tl.max(tl.where(rank_J >= 0, before + rank_J + 1, 0), 0))
+        tail = rows + tl.arange(0, BLOCK_J)
+        tl.store(row_token + tail, -1, mask=tail < stop)
+
+
+@triton.jit
+def pair_gradients(
+    hidden,  # (N, D)
+    weight,  # (V, D): a descriptor with TMA, else a pointer
+    bias,
+    target,
+    logp,
+    lse,
+    entropy,
+    grad_logp,
+    grad_entropy,
+    base,
+    first_tile,
+    row_token,
+    block_tile,
+    gradients,  # (capacity, TILE) out: dL/d(hidden @ weight.T + bias), 0 in rows that hold no token
+    V,
+    D,
+    stride_hidden,
+    stride_weight,
+    slope,
+    cap_in,
+    cap_out,
+    c,
+    programs,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    _, _, row0, row1 = chunk_rows(base, first_tile, c)
+    for b in tl.range(tl.program_id(0), ((row1 - row0) // BLOCK_J).to(tl.int32), programs):
+        t = tl.load(block_tile + b)
+        row = b * BLOCK_J + tl.arange(0, BLOCK_J)
+        n = tl.load(row_token + row)
+        hidden_J = hidden + n.to(tl.int64) * stride_hidden
+        acc_JV = tl.zeros((BLOCK_J, TILE), tl.float32)
+        for k in range(0, D, BLOCK_D):
+            d = k + tl.arange(0, BLOCK_D)
+            h_JD = tl.load(hidden_J[:, None] + d[None, :], mask=(n >= 0)[:, None] & (d < D)[None, :], other=0.0)
+            w_VD = operand(weight, t * TILE, V, k, D, stride_weight, TILE, BLOCK_D, TMA)
+            acc_JV = multiply(h_JD, w_VD.T, acc_JV, PRECISION, INTERPRET)
+        v = t * TILE + tl.arange(0, TILE)
+        bias_V = tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+        z_JV = logits(acc_JV, bias_V, slope, cap_in, cap_out, HAS_BIAS, HAS_SOFTCAP)
+        is_row = n >= 0
+        logq_JV = z_JV - tl.load(lse + n, mask=is_row, other=0.0)[:, None]
+        g_J = slope * tl.load(grad_logp + n, mask=is_row, other=0.0)
+        logp_J = tl.load(logp + n, mask=is_row, other=0.0)
+        at_target_J = -g_J * expm1(logp_J)  # g * (1 - p), to the last digit for p near 1
+        if ENTROPY:
+            gh_J = slope * tl.load(grad_entropy + n, mask=is_row, other=0.0)
+            entropy_J = tl.load(entropy + n, mask=is_row, other=0.0)
+            dz_JV = -(g_J[:, None] + gh_J[:, None] * (logq_JV + entropy_J[:, None])) * tl.exp(logq_JV)
+            at_target_J -= gh_J * tl.exp(logp_J) * (logp_J + entropy_J)
+        else:
+            dz_JV = -g_J[:, None] * tl.exp(logq_JV)
+        column_J = (tl.load(target + n, mask=is_row, other=-1) - t * TILE).to(tl.int32)
+        dz_JV = tl.where(column_J[:, None] == tl.arange(0, TILE)[None, :], at_target_J[:, None], dz_JV)
+        if HAS_SOFTCAP:
+            tanh_JV = z_JV / cap_out
+            dz_JV *= 1 - tanh_JV * tanh_JV
+        dz_JV = tl.where(is_row[:, None] & (v < V)[None, :], dz_JV, 0.0)
+        out = gradients + row.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(out, rounded(dz_JV, gradients.dtype.element_ty, INTERPRET))
+
+
+@triton.jit
+def weight_gradients(
+    gradients,  # (capacity, TILE)
+    hidden,  # (N, D)
+    row_token,
+    base,
+    first_tile,
+    dweight,  # (V, D) out, contiguous
+    dbias,  # (V,) out
+    V,
+    D,
+    stride_hidden,
+    c,
+    programs,
+    NEED_WEIGHT: tl.constexpr,
+    NEED_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    t0, t1, row0, _ = chunk_rows(base, first_tile, c)
+    d_blocks = tl.cdiv(D, BLOCK_D) if NEED_WEIGHT else 1
+    for unit in tl.range(tl.program_id(0), (t1 - t0) * d_blocks, programs):
+        t, d0 = t0 + unit // d_blocks, unit % d_blocks * BLOCK_D
+        v = t * TILE + tl.arange(0, TILE)
+        d = d0 + tl.arange(0, BLOCK_D)
+        start = (tl.load(base + t) - row0).to(tl.int32)
+        stop = (tl.load(base + t + 1) - row0).to(tl.int32)
+        acc_VD = tl.zeros((TILE, BLOCK_D), tl.float32)
+        acc_V = tl.zeros((TILE,), tl.float32)
+        for r in range(start, stop, BLOCK_R):
+            row = r + tl.arange(0, BLOCK_R)
+            at = row.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
+            g_RV = tl.load(gradients + at)
+            if NEED_BIAS:
+                acc_V += tl.sum(g_RV.to(tl.float32), 0)
+            if NEED_WEIGHT:
+                n = tl.load(row_token + row)
+                h_RD = tl.load(
+                    hidden + n.to(tl.int64)[:, None] * stride_hidden + d[None, :],
+                    mask=(n >= 0)[:, None] & (d < D)[None, :],
+                    other=0.0,
+                ).to(g_RV.dtype)
+                acc_VD = multiply(g_RV.T, h_RD, acc_VD, PRECISION, INTERPRET)
+        if NEED_WEIGHT:
+            out = dweight + v.to(tl.int64)[:, None] * D + d[None, :]
+            tl.store(out, rounded(acc_VD, dweight.dtype.element_ty, INTERPRET), mask=(v < V)[:, None] & (d < D)[None, :])
+        if NEED_BIAS:
+            if d0 == 0:
+                tl.store(dbias + v, rounded(acc_V, dbias.dtype.element_ty, INTERPRET), mask=v < V)
+
+
+@triton.jit
+def hidden_gradients(
+    gradients,  # (capacity, TILE)
+    weight,  # (V, D): a descriptor with TMA, else a pointer
+    order,
+    rank,  # (T, N)
+    first,  # (T, I)
+    base,
+    first_tile,
+    active,  # (I, T)
+    active_before,  # (I, T + 1)
+    dhidden,  # (N, D) in and out, contiguous
+    remainder,  # (N, D) in and out: what dhidden's 16 bits leave of the sum over earlier chunks
+    N,
+    V,
+    D,
+    T,
+    I,
+    stride_weight,
+    c,
+    FIRST: tl.constexpr,  # chunk: nothing to add to
+    REMAINDER: tl.constexpr,
+    PRECISION: tl.constexpr,
+    TMA: tl.constexpr,
+    INTERPRET: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    SPLIT: tl.constexpr,  # TILE / BLOCK_V
+):
+    i, d0 = tl.program_id(0), tl.program_id(1) * BLOCK_D
+    t0, t1, row0, _ = chunk_rows(base, first_tile, c)
+    if t0 < t1:
+        j = i * BLOCK_J + tl.arange(0, BLOCK_J)
+        d = d0 + tl.arange(0, BLOCK_D)
+        n = tl.load(order + j, mask=j < N, other=0)
+        at = n.to(tl.int64)[:, None] * D + d[None, :]
+        mask = (j < N)[:, None] & (d < D)[None, :]
+        if FIRST:
+            acc_JD = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+        else:
+            acc_JD = tl.load(dhidden + at, mask=mask, other=0.0).to(tl.float32)
+            if REMAINDER:
+                acc_JD += tl.load(remainder + at, mask=mask, other=0.0).to(tl.float32)
+        a0 = tl.load(active_before + tl.cast(i, tl.int64) * (T + 1) + t0)
+        a1 = tl.load(active_before + tl.cast(i, tl.int64) * (T + 1) + t1)
+        for step in range(a0 * SPLIT, a1 * SPLIT):
+            t = tl.load(active + tl.cast(i, tl.int64) * T + step // SPLIT)
+            v0 = step % SPLIT * BLOCK_V
+            rank_J = tl.load(rank + tl.cast(t, tl.int64) * N + j, mask=j < N, other=-1).to(tl.int32)
+            before = (tl.load(base + t) - row0) + tl.load(first + tl.cast(t, tl.int64) * I + i)
+            from_JV = (before + rank_J)[:, None] * TILE + (v0 + tl.arange(0, BLOCK_V))[None, :]
+            g_JV = tl.load(gradients + from_JV, mask=(rank_J >= 0)[:, None], other=0.0)
+            w_VD = operand(weight, t * TILE + v0, V, d0, D, stride_weight, BLOCK_V, BLOCK_D, TMA).to(g_JV.dtype)
+            acc_JD = multiply(g_JV, w_VD, acc_JD, PRECISION, INTERPRET)
+        n = tl.load(order + j, mask=j < N, other=0)
+        at = n.to(tl.int64)[:, None] * D + d[None, :]
+        mask = (j < N)[:, None] & (d < D)[None, :]
+        rounded_JD = rounded(acc_JD, dhidden.dtype.element_ty, INTERPRET)
+        tl.store(dhidden + at, rounded_JD, mask=mask)
+        if REMAINDER:
+            left_JD = acc_JD - rounded_JD.to(tl.float32)
+            tl.store(remainder + at, rounded(left_JD, remainder.dtype.element_ty, INTERPRET), mask=mask)
+
+
+class Config(NamedTuple):
+    """Block sizes of the three GEMMs beside TILE and BLOCK_J, and how each is compiled."""
+
+    pair_d: int
+    pair_warps: int
+    pair_stages: int
+    weight_r: int
+    weight_d: int
+    weight_warps: int
+    weight_stages: int
+    hidden_v: int
+    hidden_d: int  # with one chunk
+    hidden_d_of_chunks: int  # with several: rounding to 16 bits and a remainder needs registers
+    hidden_warps: int
+    hidden_stages: int
+
+
+def config(chip: int, dtype: torch.dtype) -> Config:
+    little_shared = chip in (89, 120)
+    if dtype == torch.float32:  # exact products run on the ordinary units: small blocks keep them in registers
+        return Config(16, 8, 2, 16, 32, 8, 2, 16, 64, 64, 8, 2)
+    pair_stages = 2 if little_shared else 4
+    if dtype == torch.float16:  # gradients in fp32
+        return Config(64, 8, pair_stages, 32, 64, 8, 2, 32, 64, 64, 8, 2)
+    if little_shared:
+        return Config(64, 8, pair_stages, 32, 128, 8, 2, 32, 128, 128, 8, 2)
+    wide = 256 if chip == 90 else 128
+    return Config(64, 8, pair_stages, 64, wide, 8, 3, 64, wide, 128, 8, 3)
+
+
+def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
+    """That of the pairs' gradients. In fp16 those of confident tokens would underflow: fp32 instead, multiplied as
+    tf32, which holds every fp16 number."""
+    return torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+
+
+def gradient_precision(dtype: torch.dtype) -> str:
+    return "tf32" if dtype == torch.float16 else precision(dtype)
+
+
+class _Problem(NamedTuple):
+    """What the backward is of; `entropy` and `grad_entropy` are None for linear_logp."""
+
+    grad_logp: Tensor
+    grad_entropy: Tensor | None
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    logp: Tensor
+    lse: Tensor
+    tile_lse: Tensor
+    entropy: Tensor | None
+    bias: Tensor | None
+
+
+def _backward(
+    p: _Problem,
+    logit_scale: float,
+    softcap: float | None,
+    temperature: float,
+    ignore_index: int,
+    filter_eps: float,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    (tokens, size), vocabulary, dtype = p.hidden.shape, len(p.weight), p.hidden.dtype
+    need_bias = need_bias and p.bias is not None
+    dhidden_ND = p.hidden.new_empty(tokens, size) if need_hidden else None
+    dweight_VD = p.weight.new_empty(vocabulary, size) if need_weight else None
+    dbias_V = p.weight.new_empty(vocabulary) if need_bias else None
+    grads = dhidden_ND, dweight_VD, dbias_V
+    if not tokens:
+        return tuple(None if x is None else x.zero_() for x in grads)  # type: ignore[return-value]
+    live_N = p.grad_logp != 0
+    if p.grad_entropy is not None:
+        live_N |= p.grad_entropy != 0
+    live_N &= p.target != ignore_index
+    element = torch.empty((), dtype=workspace_dtype(dtype)).element_size()
+    workspace_rows = WORKSPACE_BYTES // (VOCAB_TILE * element)
+    routes, figures = route(live_N, p.target, p.logp, p.lse, p.tile_lse, p.entropy, filter_eps, workspace_rows)
+    record(**figures)
+    _visit(p, routes, scalars(logit_scale, softcap, temperature), softcap is not None, *grads)
+    return grads
+
+
+def _visit(
+    p: _Problem,
+    routes: Routes,
+    scalars: tuple[float, float, float],
+    has_softcap: bool,
+    dhidden_ND: Tensor | None,
+    dweight_VD: Tensor | None,
+    dbias_V: Tensor | None,
+) -> None:
+    (tokens, size), vocabulary, dtype = p.hidden.shape, len(p.weight), p.hidden.dtype
+    tiles, blocks = routes.first.shape
+    new, c = p.lse.new_empty, config(chip(p.hidden), dtype)
+    gradients = new(routes.capacity, VOCAB_TILE, dtype=workspace_dtype(dtype))
+    row_token = new(routes.capacity, dtype=torch.int32)
+    block_tile = new(routes.capacity // BLOCK, dtype=torch.int32)
+    has_remainder = routes.chunks > 1 and dtype != torch.float32
+    hidden_d = c.hidden_d_of_chunks if routes.chunks > 1 else c.hidden_d
+    remainder_ND = torch.empty_like(dhidden_ND) if has_remainder and dhidden_ND is not None else p.hidden
+    programs = multiprocessors(p.hidden)
+    use_tma = tma(chip(p.hidden), p.weight)
+    interpret = interpreting()
+
+    def weight_rows(rows: int, columns: int) -> Tensor | TensorDescriptor:
+        return TensorDescriptor.from_tensor(p.weight, [rows, columns]) if use_tma else p.weight
+
+    for n in range(routes.chunks):
+        list_rows[(4 * programs,)](
+            routes.order, routes.rank, routes.first, routes.base, routes.first_tile, row_token, block_tile,
+            tokens, blocks, n, 4 * programs, BLOCK_J=BLOCK,
+        )  # fmt: skip
+        pair_gradients[(programs,)](
+            p.hidden, weight_rows(VOCAB_TILE, c.pair_d), p.hidden if p.bias is None else p.bias, p.target, p.logp,
+            p.lse, p.lse if p.entropy is None else p.entropy, p.grad_logp,
+            p.grad_logp if p.grad_entropy is None else p.grad_entropy, routes.base, routes.first_tile, row_token,
+            block_tile, gradients, vocabulary, size, p.hidden.stride(0), p.weight.stride(0), *scalars, n, programs,
+            HAS_BIAS=p.bias is not None, HAS_SOFTCAP=has_softcap, ENTROPY=p.entropy is not None,
+            PRECISION=precision(dtype), TMA=use_tma, INTERPRET=interpret, BLOCK_J=BLOCK, BLOCK_D=c.pair_d,
+            num_warps=c.pair_warps, num_stages=c.pair_stages,
+        )  # fmt: skip
+        if dweight_VD is not None or dbias_V is not None:
+            weight_gradients[(programs,)](
+                gradients, p.hidden, row_token, routes.base, routes.first_tile,
+                gradients if dweight_VD is None else dweight_VD, gradients if dbias_V is None else dbias_V,
+                vocabulary, size, p.hidden.stride(0), n, programs,
+                NEED_WEIGHT=dweight_VD is not None, NEED_BIAS=dbias_V is not None,
+                PRECISION=gradient_precision(dtype), INTERPRET=interpret, BLOCK_R=c.weight_r, BLOCK_D=c.weight_d,
+                num_warps=c.weight_warps, num_stages=c.weight_stages,
+            )  # fmt: skip
+        if dhidden_ND is not None:
+            hidden_gradients[(blocks, triton.cdiv(size, hidden_d))](
+                gradients, weight_rows(c.hidden_v, hidden_d), routes.order, routes.rank, routes.first, routes.base,
+                routes.first_tile, routes.active, routes.active_before, dhidden_ND, remainder_ND,
+                tokens, vocabulary, size, tiles, blocks, p.weight.stride(0), n,
+                FIRST=n == 0, REMAINDER=has_remainder, PRECISION=gradient_precision(dtype), TMA=use_tma, INTERPRET=interpret,
+                BLOCK_J=BLOCK, BLOCK_V=c.hidden_v, BLOCK_D=hidden_d,
+                SPLIT=VOCAB_TILE // c.hidden_v,
+                num_warps=c.hidden_warps, num_stages=c.hidden_stages,
+            )  # fmt: skip
+
+
+def linear_logp_backward(
+    grad_logp_N: Tensor,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    tile_lse_TN: Tensor,
+    bias_V: Tensor | None,
+    *options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    return linear_logp_entropy_backward(
+        grad_logp_N, None, hidden_ND, weight_VD, target_N, logp_N, lse_N, tile_lse_TN, None, bias_V, *options
+    )
+
+
+def linear_logp_entropy_backward(
+    grad_logp_N: Tensor,
+    grad_entropy_N: Tensor | None,
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    target_N: Tensor,
+    logp_N: Tensor,
+    lse_N: Tensor,
+    tile_lse_TN: Tensor,
+    entropy_N: Tensor | None,
+    bias_V: Tensor | None,
+    *options,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    problem = _Problem(
+        grad_logp_N.contiguous(),
+        None if grad_entropy_N is None else grad_entropy_N.contiguous(),
+        rows_contiguous(hidden_ND),
+        rows_contiguous(weight_VD),
+        target_N.contiguous(),
+        logp_N.contiguous(),
+        lse_N.contiguous(),
+        tile_lse_TN.contiguous(),
+        None if entropy_N is None else entropy_N.contiguous(),
+        None if bias_V is None else bias_V.contiguous(),
+    )
+    return _backward(problem, *options)
+
+
+def compilations(chip: int) -> list[Compilation]:
+    shipped = []
+    for dtype, element in ELEMENT.items():
+        c, workspace, matrix = config(chip, dtype), ELEMENT[workspace_dtype(dtype)], dtype != torch.float32
+        common = {
+            **dict.fromkeys(("hidden", "weight", "bias", "dweight", "dbias", "dhidden", "remainder"), f"*{element}"),
+            **dict.fromkeys(("logp", "lse", "entropy", "grad_logp", "grad_entropy"), "*fp32"),
+            **dict.fromkeys(("order", "first", "first_tile", "active", "active_before"), "*i32"),
+            **dict.fromkeys(("row_token", "block_tile"), "*i32"),
+            **{"target": "*i64", "base": "*i64", "rank": "*i8", "gradients": f"*{workspace}"},
+            **dict.fromkeys(("N", "V", "T", "I", "c", "programs"), "i32"),
+            **dict.fromkeys(("D", "stride_hidden", "stride_weight"), "i32:16"),
+            **dict.fromkeys(("slope", "cap_in", "cap_out"), "fp32"),
+        }
+        one = {"INTERPRET": False}
+        tf32 = "tf32" if dtype == torch.float16 else "ieee"
+        for use_tma in (False, True) if chip >= 90 and matrix else (False,):
+            for extras in (False, True):
+                label = f"{element}{' entropy softcap bias' * extras}{' tma' * use_tma}"
+                flags = {"HAS_BIAS": extras, "HAS_SOFTCAP": extras, "ENTROPY": extras, "PRECISION": "ieee"}
+                shapes = {"TMA": use_tma, "BLOCK_J": BLOCK, "BLOCK_D": c.pair_d}
+                box = {"weight": f"tensordesc<{element}[{VOCAB_TILE}, {c.pair_d}]>"} if use_tma else {}
+                shipped.append(
+                    Compilation(
+                        pair_gradients, common | box, one | flags | shapes, c.pair_warps, c.pair_stages, matrix, label
+                    )
+                )
+            for is_first, has_remainder in ((True, False), (True, True), (False, matrix)):
+                label = f"{element}{' later' * (not is_first)}{' remainder' * has_remainder}{' tma' * use_tma}"
+                flags = {"FIRST": is_first, "REMAINDER": has_remainder, "PRECISION": tf32, "TMA": use_tma}
+                hidden_d = c.hidden_d if is_first and not has_remainder else c.hidden_d_of_chunks
+                shapes = {"BLOCK_J": BLOCK, "BLOCK_V": c.hidden_v, "BLOCK_D": hidden_d}
+                shapes |= {"SPLIT": VOCAB_TILE // c.hidden_v}
+                box = {"weight": f"tensordesc<{element}[{c.hidden_v}, {hidden_d}]>"} if use_tma else {}
+                warps, stages = c.hidden_warps, c.hidden_stages
+                shipped.append(
+                    Compilation(hidden_gradients, common | box, one | flags | shapes, warps, stages, matrix, label)
+                )
+        for need_bias in (False, True):
+            flags = {"NEED_WEIGHT": True, "NEED_BIAS": need_bias, "PRECISION": tf32}
+            shapes = {"BLOCK_R": c.weight_r, "BLOCK_D": c.weight_d}
+            label = f"{element}{' bias' * need_bias}"
+            shipped.append(
+                Compilation(
+                    weight_gradients, common, one | flags | shapes, c.weight_warps, c.weight_stages, matrix, label
+                )
+            )
+    signature = {
+        **dict.fromkeys(("order", "first", "first_tile", "row_token", "block_tile"), "*i32"),
+        **{"rank": "*i8", "base": "*i64"},
+        **dict.fromkeys(("N", "I", "c", "programs"), "i32"),
+    }
+    shipped.append(Compilation(list_rows, signature, {"BLOCK_J": BLOCK}, 4, 3, False))
+    return shipped
