@@ -26,6 +26,7 @@ MODULES = (
     "linear_logp.triton_forward",
     "linear_logp.triton_route",
     "linear_logp.triton_backward",
+    "linear_logp_kl.triton_forward",
 )
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, triton_backend
 from .._ops import op
 from . import eager
 
@@ -13,6 +13,14 @@ backends.register("linear_logp", "reference", eager.linear_logp_forward, eager.l
 backends.register(
     "linear_logp_entropy", "reference", eager.linear_logp_entropy_forward, eager.linear_logp_entropy_backward
 )
+
+for _name in ("linear_logp", "linear_logp_entropy"):
+    backends.register(
+        _name,
+        "triton",
+        triton_backend.later("linear_logp.triton_forward", f"{_name}_forward"),
+        triton_backend.later("linear_logp.triton_backward", f"{_name}_backward"),
+    )
 
 FILTER_EPS_16_BIT = 2.0**-9  # "auto": the gradient then moves by about what rounding to bf16 does
 

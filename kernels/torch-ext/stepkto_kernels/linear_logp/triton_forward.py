@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
 from .eager import VOCAB_TILE, vocab_tiles
-from .triton_math import NO_MASS, grouped, log1p, logits, multiply, operand
+from .triton_math import NO_MASS, grouped, log_sum_exp, logits, multiply, operand
 
 TILE = tl.constexpr(VOCAB_TILE)
 
@@ -104,22 +104,7 @@ def linear_logp_rows(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     kept_N = (n < N) & (tl.load(target + n, mask=n < N, other=ignore_index) != ignore_index)
     z_N = tl.load(target_logit + n, mask=kept_N, other=0.0)
-    m_N = z_N
-    for t0 in range(0, T, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        at_TN = t.to(tl.int64)[:, None] * N + n[None, :]
-        lse_TN = tl.load(tile_lse + at_TN, mask=(t < T)[:, None] & kept_N[None, :], other=NO_MASS)
-        m_N = tl.maximum(m_N, tl.max(lse_TN, 0))
-    s_N = tl.zeros((BLOCK_N,), tl.float32)
-    for t0 in range(0, T, BLOCK_T):
-        t = t0 + tl.arange(0, BLOCK_T)
-        at_TN = t.to(tl.int64)[:, None] * N + n[None, :]
-        lse_TN = tl.load(tile_lse + at_TN, mask=(t < T)[:, None] & kept_N[None, :], other=NO_MASS)
-        s_N += tl.sum(tl.exp(lse_TN - m_N[None, :]), 0)
-    e_N = tl.exp(z_N - m_N)
-    lse_N = m_N + tl.log(s_N + e_N)
-    # log(1 + s / e); where e underflows, log(s) + m - z
-    logp_N = -tl.where(e_N > 1e-30, log1p(s_N / tl.where(e_N > 1e-30, e_N, 1.0)), tl.log(s_N) + (m_N - z_N))
+    lse_N, logp_N = log_sum_exp(tile_lse, z_N, n, kept_N, N, T, BLOCK_N, BLOCK_T)
     tl.store(lse + n, tl.where(kept_N, lse_N, 0.0), mask=n < N)
     tl.store(logp + n, tl.where(kept_N, logp_N, 0.0), mask=n < N)
     if ENTROPY:

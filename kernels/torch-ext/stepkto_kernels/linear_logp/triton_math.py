@@ -81,3 +81,24 @@ def operand(desc_or_ptr, row0, rows, k0, D, stride, BLOCK_ROWS: tl.constexpr, BL
         k = k0 + tl.arange(0, BLOCK_D)
         mask = (row < rows)[:, None] & (k < D)[None, :]
         return tl.load(desc_or_ptr + row.to(tl.int64)[:, None] * stride + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def log_sum_exp(tiles, z_N, n, kept_N, N, T, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr):
+    """Over the target's logit z and all tiles of (T, N): (lse, the target's log-probability)."""
+    m_N = z_N
+    for t0 in range(0, T, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        mask_TN = (t < T)[:, None] & kept_N[None, :]
+        lse_TN = tl.load(tiles + t.to(tl.int64)[:, None] * N + n[None, :], mask=mask_TN, other=NO_MASS)
+        m_N = tl.maximum(m_N, tl.max(lse_TN, 0))
+    s_N = tl.zeros((BLOCK_N,), tl.float32)
+    for t0 in range(0, T, BLOCK_T):
+        t = t0 + tl.arange(0, BLOCK_T)
+        mask_TN = (t < T)[:, None] & kept_N[None, :]
+        lse_TN = tl.load(tiles + t.to(tl.int64)[:, None] * N + n[None, :], mask=mask_TN, other=NO_MASS)
+        s_N += tl.sum(tl.exp(lse_TN - m_N[None, :]), 0)
+    e_N = tl.exp(z_N - m_N)
+    # log(1 + s / e); where e underflows, log(s) + m - z
+    logp_N = -tl.where(e_N > 1e-30, log1p(s_N / tl.where(e_N > 1e-30, e_N, 1.0)), tl.log(s_N) + (m_N - z_N))
+    return m_N + tl.log(s_N + e_N), logp_N

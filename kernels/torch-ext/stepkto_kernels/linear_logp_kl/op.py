@@ -4,7 +4,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, triton_backend
 from .._ops import op
 from ..linear_logp.op import (
     check_head,
@@ -18,6 +18,9 @@ from ..linear_logp.op import (
 from . import eager
 
 backends.register("linear_logp_kl", "reference", eager.linear_logp_kl_forward)
+backends.register(
+    "linear_logp_kl", "triton", triton_backend.later("linear_logp_kl.triton_forward", "linear_logp_kl_forward")
+)
 
 
 class LogpKL(NamedTuple):
