@@ -1,18 +1,57 @@
 """step_kto on every backend against the truth, the anchors of the objective, and an independent KTO
 formula."""
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepkto_kernels import StepKTOOutput, backend, backends, step_kto
+from stepkto_kernels import StepKTOOutput, backend, backends, step_kto, triton_backend
 from stepkto_kernels.step_kto import reference as truth
 from stepkto_kernels.step_kto.op import step_kto_backward, step_kto_forward
 from torch.nn.functional import sigmoid
+from torch.utils._python_dispatch import TorchDispatchMode
 
-WHY_NO_NATIVE = backends.why_not("step_kto", "native")
-needs_native = pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))
-BACKENDS = ["reference", pytest.param("native", marks=needs_native)]
+
+def needs(op, name):
+    reason = backends.why_not(op, name)
+    return pytest.mark.skipif(reason is not None, reason=str(reason))
+
+
+def where_it_runs(op, name):
+    return pytest.param(name, marks=needs(op, name))
+
+
+needs_native = needs("step_kto", "native")
+BACKENDS = [where_it_runs("step_kto", name) for name in ("reference", "native", "triton")]
+INTERPRETING = triton_backend.interpreting()  # where triton takes a millisecond a token
+# the widest type a backend takes, and a bound on the relative error of its results
+FINEST = {
+    "reference": (torch.float64, 1e-13),
+    "native": (torch.float64, 1e-13),
+    "triton": (torch.float32, 3e-7),
+}
+
+
+def device_of(name):
+    return "cuda" if name == "triton" and not INTERPRETING else "cpu"
+
+
+def on_device(batch):
+    """The batch where the chosen backend takes it."""
+    device = device_of(backends.requested())
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in batch.items()}
+
+
+def affordable(name, *shape, most=400):
+    """A shape of at most this many tokens for a backend in the interpreter: its blocks are small, too."""
+    shape = list(shape)
+    while name == "triton" and INTERPRETING and math.prod(shape) > most:
+        largest = shape.index(max(shape))
+        shape[largest] //= 2
+    return shape
 
 
 @pytest.fixture(params=BACKENDS)
@@ -69,10 +108,11 @@ def select(batch, chosen):
 
 
 def with_gradient(batch, **options):
+    batch = on_device(batch)
     logp = batch["logp"].detach().clone().requires_grad_()
     result = step_kto(**batch | {"logp": logp}, **options)
     (gradient,) = torch.autograd.grad(result.loss, logp)
-    return result, gradient
+    return StepKTOOutput(*(x.cpu() for x in result)), gradient.cpu()
 
 
 OPTIONS = {
@@ -108,7 +148,7 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("seed", range(4))
 def test_matches_the_truth(seed, options, on_backend):
-    for dtype, tolerance in ((torch.float64, 1e-13), (torch.float32, 3e-7)):
+    for dtype, tolerance in {FINEST[on_backend], (torch.float32, 3e-7)}:
         # fp32: differences are rounded to fp32 once per token, sums are fp64: a few ulp of the sum of |d|
         batch = random_batch(seed, dtype=dtype)
         result, gradient = with_gradient(batch, **options)
@@ -125,20 +165,15 @@ def test_matches_the_truth(seed, options, on_backend):
 
 def test_by_hand(on_backend):
     # two completions: tokens 0-2 (steps [0], [1, 2]), correct; token 3 (step [3]), incorrect
-    logp = torch.tensor([-1.0, -2.0, -1.0, -3.0], requires_grad=True)
-    ref_logp = torch.tensor([-2.0, -2.0, -3.0, -1.0])  # d = 1, 0, 2, -2
-    result = step_kto(
-        logp,
-        ref_logp,
-        torch.tensor([0, 3, 4], dtype=torch.int32),
-        torch.tensor([0, 1, 3, 4], dtype=torch.int32),
-        torch.tensor([True, False]),
-        torch.tensor([1, 0, -1], dtype=torch.int8),
-        kl=0.5,
-        step_kl=0.25,
-        beta=1.0,
-        step_beta=2.0,
-    )
+    batch = {
+        "logp": torch.tensor([-1.0, -2.0, -1.0, -3.0]),
+        "ref_logp": torch.tensor([-2.0, -2.0, -3.0, -1.0]),  # d = 1, 0, 2, -2
+        "cu_seqlens": torch.tensor([0, 3, 4], dtype=torch.int32),
+        "cu_steps": torch.tensor([0, 1, 3, 4], dtype=torch.int32),
+        "labels": torch.tensor([True, False]),
+        "step_labels": torch.tensor([1, 0, -1], dtype=torch.int8),
+    }
+    result, gradient = with_gradient(batch, kl=0.5, step_kl=0.25, beta=1.0, step_beta=2.0)
     s = lambda x: sigmoid(torch.tensor(x)).item()  # noqa: E731
     outcome = ((1 - s(3 - 0.5)) + (1 - s(0.5 + 2))) / 2
     step = ((1 - s(2 * (1 - 0.25))) + (1 - s(2 * (0.25 - 2)))) / 2 / 1
@@ -148,11 +183,10 @@ def test_by_hand(on_backend):
     assert result.step_loss.item() == pytest.approx(step)
     assert result.loss.item() == pytest.approx(outcome + step)
     assert (result.kl.item(), result.step_kl.item()) == (0.5, 0.25)
-    result.loss.backward()
     p = lambda x: s(x) * s(-x)  # noqa: E731
     first = -p(2.5) / 2 - 2 * p(1.5) / 2
     second = -p(2.5) / 2 + 2 * p(3.5) / 2
-    assert logp.grad.tolist() == pytest.approx([first, second, second, p(2.5) / 2])
+    assert gradient.tolist() == pytest.approx([first, second, second, p(2.5) / 2])
 
 
 def test_steps_after_the_first_error_are_unlabelled_when_masked(on_backend):
@@ -201,10 +235,11 @@ def plain_kto(policy_logps, reference_logps, labels, beta, z, desirable_weight, 
 
 @pytest.mark.parametrize("z", [0.0, 1.4])
 def test_without_the_step_term_it_is_kto(z, on_backend):
-    batch = random_batch(seed=2, completions=12, dtype=torch.float64)
+    dtype, _ = FINEST[on_backend]
+    batch = random_batch(seed=2, completions=12, dtype=dtype)
     cu = batch["cu_seqlens"].tolist()
     logp = batch["logp"].requires_grad_()
-    sums = [torch.stack([x[a:b].sum() for a, b in zip(cu, cu[1:])]) for x in (logp, batch["ref_logp"])]  # noqa: B905, RUF007
+    sums = [torch.stack([x[a:b].sum() for a, b in itertools.pairwise(cu)]) for x in (logp, batch["ref_logp"])]
     expected = plain_kto(*sums, batch["labels"].tolist(), 0.2, z, 1.5, 0.5)
     (expected_gradient,) = torch.autograd.grad(expected, logp)
     result, gradient = with_gradient(
@@ -214,43 +249,54 @@ def test_without_the_step_term_it_is_kto(z, on_backend):
     torch.testing.assert_close(gradient, expected_gradient)
 
 
+def sums_of_parts(batch, parts, **options):
+    """loss, outcome_loss, step_loss and the gradient from micro-batches with the counts of the whole."""
+    completions = sum(len(chosen) for chosen in parts)
+    labels = (select(batch, [i])[0]["step_labels"] for chosen in parts for i in chosen)
+    supervised = sum(bool((x != -1).any()) for x in labels)
+    losses, gradient = torch.zeros(3, dtype=batch["logp"].dtype), torch.zeros_like(batch["logp"])
+    for i, chosen in enumerate(parts):
+        part, tokens = select(batch, chosen)
+        counts = (completions, supervised) if i else (torch.tensor(completions), torch.tensor(float(supervised)))
+        result, part_gradient = with_gradient(part, num_completions=counts[0], num_supervised=counts[1], **options)
+        losses += torch.stack(result[:3]).detach()
+        gradient[tokens] = part_gradient
+    return *losses, gradient
+
+
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 @pytest.mark.parametrize("masking", ["keep", "mask"])
 def test_micro_batches_with_global_counts_add_up(reduction, masking, on_backend):
-    batch = random_batch(seed=4, completions=9, dtype=torch.float64)
+    dtype, tolerance = FINEST[on_backend]
+    batch = random_batch(seed=4, completions=9, dtype=dtype)
     options = {"kl": 0.2, "step_kl": 0.1, "step_reduction": reduction, "after_first_error": masking}
     whole, whole_gradient = with_gradient(batch, **options)
-    part, _ = select(batch, range(9))
-    supervised = sum(bool((select(batch, [i])[0]["step_labels"] != -1).any()) for i in range(9))
-    loss, outcome, step, gradient = 0, 0, 0, torch.zeros_like(whole_gradient)
-    for i, chosen in enumerate(([0, 1, 2, 3], [4], [5, 6, 7, 8])):
-        part, tokens = select(batch, chosen)
-        counts = (9, supervised) if i else (torch.tensor(9), torch.tensor(float(supervised)))
-        result, part_gradient = with_gradient(part, num_completions=counts[0], num_supervised=counts[1], **options)
-        loss, outcome, step = loss + result.loss, outcome + result.outcome_loss, step + result.step_loss
-        gradient[tokens] = part_gradient
-    torch.testing.assert_close(loss, whole.loss, rtol=1e-13, atol=0)
-    torch.testing.assert_close((outcome, step), (whole.outcome_loss, whole.step_loss), rtol=1e-13, atol=0)
-    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-13, atol=0)
+    parts = [0, 1, 2, 3], [4], [5, 6, 7, 8]
+    for found, expected in zip(sums_of_parts(batch, parts, **options), (*whole[:3], whole_gradient), strict=True):
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=0)
 
 
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), order=st.permutations(range(6)), name=st.sampled_from(["reference", "native"]))
-def test_packing_order_does_not_matter(seed, order, name):
-    with backend("reference" if WHY_NO_NATIVE else name):
-        batch = random_batch(seed, completions=6, dtype=torch.float64)
-        permuted, tokens = select(batch, order)
-        options = {"kl": 0.2, "after_first_error": "mask"}
-        (result, gradient), (other, other_gradient) = (
-            with_gradient(batch, **options),
-            with_gradient(permuted, **options),
-        )
-    torch.testing.assert_close(result.loss, other.loss, rtol=1e-13, atol=1e-15)
-    torch.testing.assert_close(gradient[tokens], other_gradient, rtol=1e-13, atol=1e-17)
-    torch.testing.assert_close(result.log_ratios[list(order)], other.log_ratios, rtol=1e-13, atol=1e-15)
+@pytest.mark.parametrize("name", BACKENDS)
+@settings(max_examples=3 if INTERPRETING else 40, deadline=None)
+@given(seed=st.integers(0, 10**6), order=st.permutations(range(6)), cut=st.integers(1, 5))
+def test_neither_packing_order_nor_micro_batches_matter(name, seed, order, cut):
+    dtype, tolerance = FINEST[name]
+    batch = random_batch(seed, completions=6, dtype=dtype)
+    permuted, tokens = select(batch, order)
+    options = {"kl": 0.2, "after_first_error": "mask"}
+    with backend(name):
+        result, gradient = with_gradient(batch, **options)
+        other, other_gradient = with_gradient(permuted, **options)
+        loss, _, _, split_gradient = sums_of_parts(batch, (order[:cut], order[cut:]), **options)
+    torch.testing.assert_close(result.loss, other.loss, rtol=tolerance, atol=tolerance / 100)
+    torch.testing.assert_close(result.loss.detach(), loss, rtol=tolerance, atol=tolerance / 100)
+    torch.testing.assert_close(gradient[tokens], other_gradient, rtol=tolerance, atol=tolerance / 1e4)
+    torch.testing.assert_close(gradient, split_gradient, rtol=tolerance, atol=tolerance / 1e4)
+    torch.testing.assert_close(result.log_ratios[list(order)], other.log_ratios, rtol=tolerance, atol=tolerance / 100)
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.parametrize("name", BACKENDS[1:])
+@settings(max_examples=6 if INTERPRETING else 60, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
     completions=st.integers(1, 30),
@@ -258,14 +304,46 @@ def test_packing_order_does_not_matter(seed, order, name):
     tokens=st.sampled_from([1, 2, 30]),
     options=st.sampled_from(list(OPTIONS.values())),
 )
-@needs_native
-def test_native_equals_reference(seed, completions, steps, tokens, options):
-    batch = random_batch(seed, completions, steps, tokens)
-    with backend("native"):
+def test_equals_the_reference_backend(name, seed, completions, steps, tokens, options):
+    batch = random_batch(seed, *affordable(name, completions, steps, tokens))
+    with backend(name):
         found = with_gradient(batch, **options)
     with backend("reference"):
         expected = with_gradient(batch, **options)
     # both sum fp32 differences in fp64 and round the results once, so they agree to about one fp32 ulp
+    torch.testing.assert_close(tuple(found[0]), tuple(expected[0]), rtol=3e-7, atol=1e-7)
+    torch.testing.assert_close(found[1], expected[1], rtol=3e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", BACKENDS[1:])
+@pytest.mark.parametrize("masking", ["keep", "mask"])
+@pytest.mark.parametrize("long", [True, False], ids=["long steps", "short steps"])
+@pytest.mark.parametrize(
+    "marks", [{}, {0: 0}, {1: 1, 5: 0}, {6: 1, 7: 0}, {3: -1, 4: 0, 5: 0}], ids=lambda marks: str(marks)
+)
+def test_completions_that_span_many_blocks(name, marks, long, masking):
+    """Two, one unlabelled but for the marked steps, one correct but for them, between short ones."""
+    length = (24 if long else 3) * (1 if INTERPRETING else 220)
+    step_lengths = [1, 2, *[length] * 8, 3, *[length] * 8, 1]
+    seq_steps = [1, 1, 8, 1, 8, 1]
+    step_labels = torch.tensor([1, 0, *[-1] * 8, -1, *[1] * 8, 0], dtype=torch.int8)
+    for step, label in marks.items():
+        step_labels[2 + step] = step_labels[11 + step] = label
+    cu_steps = torch.tensor([0, *step_lengths]).cumsum(0)
+    n = int(cu_steps[-1])
+    generator = torch.Generator().manual_seed(0)
+    batch = {
+        "logp": -torch.rand(n, generator=generator) * 0.1,
+        "ref_logp": -torch.rand(n, generator=generator) * 0.1,
+        "cu_seqlens": cu_steps[torch.tensor([0, *seq_steps]).cumsum(0)].int(),
+        "cu_steps": cu_steps.int(),
+        "labels": torch.tensor([True, False] * 3),
+        "step_labels": step_labels,
+    }
+    with backend(name):
+        found = with_gradient(batch, after_first_error=masking)
+    with backend("reference"):
+        expected = with_gradient(batch, after_first_error=masking)
     torch.testing.assert_close(tuple(found[0]), tuple(expected[0]), rtol=3e-7, atol=1e-7)
     torch.testing.assert_close(found[1], expected[1], rtol=3e-7, atol=1e-12)
 
@@ -276,6 +354,7 @@ def test_native_equals_reference(seed, completions, steps, tokens, options):
     ids=["one long step", "short steps", "short completions", "many steps", "long steps"],
 )
 def test_extreme_shapes_match_the_truth(completions, steps, tokens, on_backend):
+    completions, steps, tokens = affordable(on_backend, completions, steps, tokens)
     n = completions * steps * tokens
     ref_logp = -torch.rand(n, generator=torch.Generator().manual_seed(0))
     batch = {
@@ -299,7 +378,7 @@ def test_extreme_shapes_match_the_truth(completions, steps, tokens, on_backend):
 
 
 def test_bitwise_reproducible_and_independent_of_the_thread_count(on_backend):
-    batch = random_batch(seed=1, completions=3000, steps=10, tokens=20)
+    batch = random_batch(1, *affordable(on_backend, 3000, 10, 20))
     results, threads = [], torch.get_num_threads()
     try:
         for count in (1, 2, 2, 3):
@@ -338,7 +417,8 @@ def test_empty_batch_is_zero_with_a_graph(counts, on_backend):
 @pytest.mark.parametrize("label", [True, False], ids=["only desirable", "only undesirable"])
 @pytest.mark.parametrize("completions", [1, 4])
 def test_one_sided_batches(completions, label, value, on_backend):
-    batch = random_batch(completions=completions, dtype=torch.float64)
+    dtype, _ = FINEST[on_backend]
+    batch = random_batch(completions=completions, dtype=dtype)
     batch["labels"][:] = label
     batch["step_labels"][:] = value
     result, gradient = with_gradient(batch)
@@ -369,7 +449,7 @@ def test_16_bit_log_probs_are_subtracted_in_fp32(dtype, on_backend):
 
 
 def test_only_the_loss_has_a_gradient(on_backend):
-    batch = random_batch()
+    batch = on_device(random_batch())
     points = {"kl": torch.tensor(0.3, requires_grad=True), "step_kl": torch.tensor(0.1, requires_grad=True)}
     logp, ref_logp = batch["logp"].requires_grad_(), batch["ref_logp"].requires_grad_()
     result = step_kto(**batch, **points)
@@ -380,11 +460,11 @@ def test_only_the_loss_has_a_gradient(on_backend):
     assert ref_logp.grad is points["kl"].grad is points["step_kl"].grad is None
     assert torch.equal(result.logp, logp)
     as_floats, _ = with_gradient(batch, kl=0.3, step_kl=0.1)
-    assert torch.equal(as_floats.loss, result.loss)
+    assert torch.equal(as_floats.loss, result.loss.cpu())
 
 
 def test_non_contiguous_inputs(on_backend):
-    batch = random_batch(seed=8)
+    batch = on_device(random_batch(seed=8))
     strided = {name: torch.stack([x, x], 1)[:, 0] for name, x in batch.items()}
     assert not strided["logp"].is_contiguous()
     (a, gradient), (b, strided_gradient) = with_gradient(batch), with_gradient(strided)
@@ -395,26 +475,31 @@ def test_non_contiguous_inputs(on_backend):
 def test_no_uninitialised_memory_is_read(on_backend):
     torch.use_deterministic_algorithms(True)  # fills every torch.empty with NaN
     try:
+        assert torch.empty(3).isnan().all()
         result, gradient = with_gradient(random_batch())
+        nothing, _ = with_gradient(empty())
     finally:
         torch.use_deterministic_algorithms(False)
-    assert all(torch.isfinite(x).all() for x in (*result, gradient))
+    assert all(torch.isfinite(x).all() for x in (*result, gradient, *nothing))
 
 
 @pytest.mark.parametrize("options", [OPTIONS["defaults"], OPTIONS["everything"]], ids=["defaults", "everything"])
 def test_gradcheck(options, on_backend):
+    if FINEST[on_backend][0] != torch.float64:
+        pytest.skip("finite differences need float64")
     batch = random_batch(completions=3, steps=3, tokens=3, dtype=torch.float64)
     logp = batch.pop("logp").requires_grad_()
     assert torch.autograd.gradcheck(lambda x: step_kto(x, **batch, **options).loss, logp)
 
 
 def test_opcheck(on_backend):
-    batch = random_batch(completions=3)
+    batch = on_device(random_batch(completions=3))
+    device = batch["logp"].device
     batch["logp"].requires_grad_()
     numbers = (0.1, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, "mean", "keep", "kto")
-    points = torch.tensor(0.1), torch.tensor(0.2)
+    points = torch.tensor(0.1, device=device), torch.tensor(0.2, device=device)
     torch.library.opcheck(step_kto_forward, (*batch.values(), *points, None, None, *numbers, True))
-    counts = torch.tensor(5.0, dtype=torch.float64), torch.tensor(4.0, dtype=torch.float64)
+    counts = torch.tensor(5.0, device=device).double(), torch.tensor(4.0, device=device).double()
     torch.library.opcheck(step_kto_forward, (*batch.values(), *points, *counts, *numbers, False))
     torch.library.opcheck(step_kto_backward, (torch.tensor(2.0), torch.rand(5)))
 
@@ -426,7 +511,7 @@ def test_compiles_without_graph_breaks_and_checks_values_when_it_runs(on_backend
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     for seed, beta in ((0, 0.1), (1, 0.2), (2, 0.7)):
-        batch = random_batch(seed, completions=3 + seed)
+        batch = on_device(random_batch(seed, completions=3 + seed))
         batch["logp"].requires_grad_()
         expected, found = (f(batch, torch.tensor(0.4), beta) for f in (function, compiled))
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -520,8 +605,66 @@ BAD = {
 }
 
 
+@pytest.mark.parametrize("on_backend", BACKENDS[:2], indirect=True)  # input is checked before a kernel sees it
 @pytest.mark.parametrize(("error", "message", "change"), BAD.values(), ids=BAD)
 def test_bad_input_is_refused(error, message, change, on_backend):
     assert (GOOD["step_labels"] != -1).any()
     with pytest.raises(error, match=message):
         step_kto(**GOOD | change)
+
+
+class Recorder(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.names.add(function.overloadpacket._qualified_op_name)
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("name", BACKENDS[2:])
+@pytest.mark.parametrize("counts", [None, 5.0], ids=["own counts", "global counts"])
+def test_triton_makes_the_host_wait_for_nothing(name, counts, monkeypatch):
+    from stepkto_kernels.step_kto import triton_forward
+
+    monkeypatch.setattr(triton_forward, "COUNTS_READ_BY_ALL", 2)
+    with backend(name):
+        batch = on_device(random_batch())
+    device = batch["logp"].device
+    point = torch.zeros((), device=device)
+    count = None if counts is None else torch.full((), counts, dtype=torch.float64, device=device)
+    numbers = (0.1, 0.1, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, "mean", "keep")
+    with Recorder() as recorder:
+        triton_forward.step_kto_forward(*batch.values(), point, point, count, count, *numbers)
+    harmless = {"new_empty", "empty", "empty_like", "split_with_sizes", "view", "detach", "sum"}
+    interpreter = {"set_", "copy_"} if INTERPRETING else set()
+    assert recorder.names <= {f"aten::{name}" for name in harmless | interpreter}
+
+
+@pytest.mark.parametrize("name", BACKENDS[2:])
+def test_triton_counts_are_the_same_however_they_are_added(name, monkeypatch):
+    from stepkto_kernels.step_kto import triton_forward
+
+    batch = random_batch(5, *affordable(name, 300, 10, 20, most=400))
+    with backend(name):
+        expected = with_gradient(batch)
+        monkeypatch.setattr(triton_forward, "COUNTS_READ_BY_ALL", 1)
+        found = with_gradient(batch)
+    assert torch.equal(found[1], expected[1])
+    assert all(torch.equal(a, b) for a, b in zip(found[0], expected[0], strict=True))
+
+
+@pytest.mark.parametrize("name", BACKENDS[2:])
+@pytest.mark.skipif(INTERPRETING, reason="a CUDA graph needs a GPU")
+def test_triton_runs_in_a_cuda_graph(name):
+    with backend(name):
+        batch, other = on_device(random_batch(seed=0)), on_device(random_batch(seed=0))
+        other["logp"] = other["logp"] * 0.5
+        expected = step_kto(**other)  # compiles the kernels, too
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = step_kto(**batch)
+        batch["logp"].copy_(other["logp"])
+        graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))

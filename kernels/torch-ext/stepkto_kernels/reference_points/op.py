@@ -5,11 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, triton_backend
 from .._ops import op
 from . import eager
 
 backends.register("reference_points", "reference", eager.reference_points_forward)
+backends.register(
+    "reference_points", "triton", triton_backend.later("reference_points.triton_forward", "reference_points_forward")
+)
 
 
 class ReferencePoints(NamedTuple):

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import backends, checks
+from .. import backends, checks, triton_backend
 from .._ops import op
 from ..linear_logp.op import reads_data
 from ..reference_points.op import check_boundaries
@@ -13,6 +13,7 @@ from . import eager, native
 
 backends.register("step_kto", "reference", eager.step_kto_forward)
 backends.register("step_kto", "native", native.step_kto_forward)
+backends.register("step_kto", "triton", triton_backend.later("step_kto.triton_forward", "step_kto_forward"))
 
 
 class StepKTOOutput(NamedTuple):
