@@ -27,6 +27,8 @@ MODULES = (
     "linear_logp.triton_route",
     "linear_logp.triton_backward",
     "linear_logp_kl.triton_forward",
+    "reference_points.triton_forward",
+    "step_kto.triton_forward",
 )
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 
@@ -63,7 +65,9 @@ def inspect(each: Compilation, chip: int) -> tuple[str, list[str]]:
     spilled = found["STACK"] + found["LOCAL"]
     shared = (kernel.metadata.shared + found.get("SHARED", 0)) / 1024
     cores = Counter(TENSOR_CORE.findall(kernel.asm["ptx"]))
-    copies = "TMA" if "cp.async.bulk.tensor" in kernel.asm["ptx"] else "cp.async" if "cp.async" in kernel.asm["ptx"] else ""
+    copies = (
+        "TMA" if "cp.async.bulk.tensor" in kernel.asm["ptx"] else "cp.async" if "cp.async" in kernel.asm["ptx"] else ""
+    )
     wrong = []
     if spilled:
         wrong.append(f"{spilled} bytes of registers spill")

@@ -8,35 +8,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from stepkto_kernels import StepKTOOutput, backend, backends, step_kto, triton_backend
+from on_backends import INTERPRETING, device_of, needs, where_it_runs
+from stepkto_kernels import StepKTOOutput, backend, backends, step_kto
 from stepkto_kernels.step_kto import reference as truth
 from stepkto_kernels.step_kto.op import step_kto_backward, step_kto_forward
 from torch.nn.functional import sigmoid
 from torch.utils._python_dispatch import TorchDispatchMode
 
-
-def needs(op, name):
-    reason = backends.why_not(op, name)
-    return pytest.mark.skipif(reason is not None, reason=str(reason))
-
-
-def where_it_runs(op, name):
-    return pytest.param(name, marks=needs(op, name))
-
-
 needs_native = needs("step_kto", "native")
 BACKENDS = [where_it_runs("step_kto", name) for name in ("reference", "native", "triton")]
-INTERPRETING = triton_backend.interpreting()  # where triton takes a millisecond a token
 # the widest type a backend takes, and a bound on the relative error of its results
 FINEST = {
     "reference": (torch.float64, 1e-13),
     "native": (torch.float64, 1e-13),
     "triton": (torch.float32, 3e-7),
 }
-
-
-def device_of(name):
-    return "cuda" if name == "triton" and not INTERPRETING else "cpu"
 
 
 def on_device(batch):

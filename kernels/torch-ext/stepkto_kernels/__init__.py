@@ -10,8 +10,8 @@ from .linear_logp.op import linear_logp, linear_logp_entropy
 from .linear_logp_kl.op import LogpKL, linear_logp_kl
 from .linear_step_kto.op import linear_step_kto, linear_step_kto_exact
 from .reference_points.op import ReferencePoints, reference_points
-from .step_kto.op import StepKTOOutput, step_kto
 from .routing import Routing, watch
+from .step_kto.op import StepKTOOutput, step_kto
 
 __version__ = "0.1.0"
 

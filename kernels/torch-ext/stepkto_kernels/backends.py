@@ -78,7 +78,9 @@ def why_not(op: str, name: str) -> str | None:
         return f"it needs {lacking[0]}: {why_not(lacking[0], name)}" if lacking else None
     if name not in _KERNELS[op]:
         return f"no {name} kernel in this version; use {' or '.join((AUTO, *_KERNELS[op]))}"
-    return {"native": native.missing, "triton": triton_backend.missing}.get(name, lambda: None)()
+    if name == "native":
+        return native.missing()
+    return triton_backend.missing() if name == "triton" else None
 
 
 def _refuses(name: str, tensor: torch.Tensor) -> str | None:

@@ -1,6 +1,6 @@
-"""The backward of linear_logp and linear_logp_entropy on a GPU: a grouped GEMM over the (token, vocabulary tile) pairs
-of `triton_route`. Chunk by chunk: the pairs' gradients dL/dz into a workspace, one row of TILE entries a pair; from them
-dW, whose tiles each belong to one program; and dhidden, whose blocks of tokens do. No atomics: bitwise reproducible.
+"""The backward of linear_logp and linear_logp_entropy on a GPU: grouped GEMMs over the (token, vocabulary tile) pairs
+of `triton_route`. Chunk by chunk: the pairs' gradients dL/dz into a workspace, a row of TILE entries each; from them dW,
+whose tiles each belong to one program; and dhidden, whose blocks of tokens do. No atomics: bitwise reproducible.
 """
 
 from typing import NamedTuple
@@ -180,8 +180,10 @@ def weight_gradients(
                 acc_VD = multiply(g_RV.T, h_RD, acc_VD, PRECISION, INTERPRET)
         if NEED_WEIGHT:
             out = dweight + v.to(tl.int64)[:, None] * D + d[None, :]
-            tl.store(out, rounded(acc_VD, dweight.dtype.element_ty, INTERPRET), mask=(v < V)[:, None] & (d < D)[None, :])
-        if NEED_BIAS:
+            tl.store(
+                out, rounded(acc_VD, dweight.dtype.element_ty, INTERPRET), mask=(v < V)[:, None] & (d < D)[None, :]
+            )
+        if NEED_BIAS:  # noqa: SIM102 (a compile-time flag, then a value)
             if d0 == 0:
                 tl.store(dbias + v, rounded(acc_V, dbias.dtype.element_ty, INTERPRET), mask=v < V)
 
@@ -390,8 +392,8 @@ def _visit(
                 gradients, weight_rows(c.hidden_v, hidden_d), routes.order, routes.rank, routes.first, routes.base,
                 routes.first_tile, routes.active, routes.active_before, dhidden_ND, remainder_ND,
                 tokens, vocabulary, size, tiles, blocks, p.weight.stride(0), n,
-                FIRST=n == 0, REMAINDER=has_remainder, PRECISION=gradient_precision(dtype), TMA=use_tma, INTERPRET=interpret,
-                BLOCK_J=BLOCK, BLOCK_V=c.hidden_v, BLOCK_D=hidden_d,
+                FIRST=n == 0, REMAINDER=has_remainder, PRECISION=gradient_precision(dtype), TMA=use_tma,
+                INTERPRET=interpret, BLOCK_J=BLOCK, BLOCK_V=c.hidden_v, BLOCK_D=hidden_d,
                 SPLIT=VOCAB_TILE // c.hidden_v,
                 num_warps=c.hidden_warps, num_stages=c.hidden_stages,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """The forward of linear_logp and linear_logp_entropy on a GPU: one GEMM whose epilogue keeps, instead of logits, the
 log-sum-exp of each (token, vocabulary tile); then one pass over those."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -173,6 +173,7 @@ def scalars(logit_scale: float, softcap: float | None, temperature: float) -> tu
 
 
 def _forward(
+    with_entropy: bool,
     hidden_ND: Tensor,
     weight_VD: Tensor,
     target_N: Tensor,
@@ -181,7 +182,6 @@ def _forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-    with_entropy: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     (tokens, size), vocabulary = hidden_ND.shape, len(weight_VD)
     tiles = vocab_tiles(vocabulary)
@@ -240,12 +240,12 @@ def _forward(
     return logp_N, lse_N, tile_lse_TN, entropy_N
 
 
-def linear_logp_forward(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(*arguments, with_entropy=False)[:3]
+def linear_logp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(False, *arguments)[:3]
 
 
-def linear_logp_entropy_forward(*arguments) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _forward(*arguments, with_entropy=True)
+def linear_logp_entropy_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(True, *arguments)
 
 
 ELEMENT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

@@ -18,10 +18,9 @@ def multiply(a, b, acc, PRECISION: tl.constexpr, INTERPRET: tl.constexpr):
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
     """fp32 to the nearest number of DTYPE."""
-    if INTERPRET:
-        if DTYPE == tl.bfloat16:  # the interpreter cuts the lower 16 bits off: round them first, ties to even
-            bits = x.to(tl.int32, bitcast=True)
-            x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+    if INTERPRET and tl.bfloat16 == DTYPE:  # it cuts the lower 16 bits off: round them first, ties to even
+        bits = x.to(tl.int32, bitcast=True)
+        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
     return x.to(DTYPE)
 
 
