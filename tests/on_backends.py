@@ -26,13 +26,20 @@ def device_of(name):
 def moved(function):
     """`function` of CPU tensors, run on the device of the backend in force; results and gradients come back."""
 
-    def move(x, device):
-        return x.to(device) if isinstance(x, Tensor) else x
-
     @functools.wraps(function)
     def call(*args, **keywords):
-        device = device_of(backends.requested())
-        result = function(*(move(x, device) for x in args), **{k: move(x, device) for k, x in keywords.items()})
+        if torch.compiler.is_compiling() or device_of(backends.requested()) == "cpu":
+            return function(*args, **keywords)
+        device, there = device_of(backends.requested()), {}
+
+        def move(x):
+            if not isinstance(x, Tensor):
+                return x
+            if id(x) not in there:  # one tensor passed twice stays one
+                there[id(x)] = x.to(device)
+            return there[id(x)]
+
+        result = function(*map(move, args), **{k: move(x) for k, x in keywords.items()})
         if isinstance(result, Tensor):
             return result.cpu()
         results = [x.cpu() for x in result]

@@ -4,11 +4,12 @@ refuse."""
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import stepkto_kernels
 import torch
-from stepkto_kernels import backend, backends, linear_logp, native, step_kto
+from stepkto_kernels import backend, backends, linear_logp, native, step_kto, triton_backend
 from test_step_kto import needs_native, random_batch
 
 HEAD = torch.ones(2, 3), torch.ones(4, 3), torch.zeros(2, dtype=torch.int64)
@@ -85,13 +86,52 @@ def test_unknown_name():
         pass
 
 
-@pytest.mark.parametrize("name", ["native", "triton"])
-def test_a_backend_chosen_by_name_refuses_an_op_it_lacks(name):
-    with (
-        backend(name),
-        pytest.raises(RuntimeError, match=f"backend '{name}' lacks linear_logp: no {name} kernel"),
-    ):
+def test_a_backend_chosen_by_name_refuses_an_op_it_lacks():
+    with backend("native"), pytest.raises(RuntimeError, match="backend 'native' lacks linear_logp: no native kernel"):
         linear_logp(*HEAD)
+
+
+def test_triton_refuses_with_the_remedy_where_it_cannot_run(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_backend, "_lowest_capability_here", lambda: None)
+    with backend("triton"):
+        with pytest.raises(
+            RuntimeError, match=r"'triton' lacks linear_logp: torch sees no CUDA GPU.*TRITON_INTERPRET=1"
+        ):
+            linear_logp(*HEAD)
+        monkeypatch.setattr(triton_backend, "_lowest_capability_here", lambda: (7, 5))
+        with pytest.raises(RuntimeError, match=r"compute capability 7\.5; 8\.0 \(A100\) or later"):
+            linear_logp(*HEAD)
+        monkeypatch.setattr(triton_backend.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(RuntimeError, match="triton is not installed; pip install triton"):
+            linear_logp(*HEAD)
+
+
+def test_triton_refuses_tensors_it_cannot_take(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(triton_backend, "_lowest_capability_here", lambda: (9, 0))
+    with backend("triton"):
+        with pytest.raises(RuntimeError, match="it runs on CUDA tensors and this call's are on cpu"):
+            linear_logp(*HEAD)
+        with pytest.raises(RuntimeError, match="it computes in float32 and this call's tensors are float64"):
+            linear_logp(HEAD[0].double(), HEAD[1].double(), HEAD[2])
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        with pytest.raises(
+            RuntimeError, match="under TRITON_INTERPRET=1 it runs on CPU tensors and this call's are on meta"
+        ):
+            backends.choose("linear_logp", torch.zeros(1, device="meta"))
+
+
+def test_auto_never_takes_the_interpreter_and_falls_back_for_fp64(calls, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    linear_logp(*HEAD)
+    assert calls == ["reference"]
+    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr(triton_backend, "_lowest_capability_here", lambda: (9, 0))
+    reference = backends._KERNELS["linear_logp"]["reference"]
+    cuda = [SimpleNamespace(dtype=dtype, device=torch.device("cuda")) for dtype in (torch.float64, torch.float32)]
+    assert backends.choose("linear_logp", cuda[0]) is reference
+    assert backends.choose("linear_logp", cuda[1]) is backends._KERNELS["linear_logp"]["triton"]
 
 
 def test_native_refuses_with_the_remedy_when_it_is_not_built(monkeypatch, tmp_path):
@@ -168,5 +208,7 @@ def test_command_prints_the_table(name, monkeypatch):
     table = {line.split()[0]: line.split()[1:] for line in lines[3 : 3 + len(backends.ops())]}
     assert set(table) == set(backends.ops())
     assert all(cells[0] == "yes" for cells in table.values())
-    assert table["linear_logp"] == ["yes", "-", "-"]
-    assert "triton: no triton kernel in this version; use auto" in done.stdout
+    here = "-" if backends.why_not("linear_logp", "triton") else "yes"
+    assert table["linear_logp"] == ["yes", "-", here]
+    assert "native: no native kernel in this version; use auto" in done.stdout
+    assert (here == "yes") != ("triton: torch sees no CUDA GPU" in done.stdout)
