@@ -6,12 +6,15 @@ memory than the chip gives a block, and on a matrix kernel without tensor-core i
 
 import argparse
 import importlib
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ MODULES = (
     "reference_points.triton_forward",
     "step_kto.triton_forward",
 )
+COPIES = {"cp.async.bulk.tensor": "TMA", "cp.async": "cp.async"}
 TENSOR_CORE = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 
 
@@ -82,24 +86,34 @@ def inspect(each: Compilation, chip: int) -> tuple[str, list[str]]:
     return row, wrong
 
 
+def inspect_all(module: str, chip: int, only: str) -> list[tuple[str, list[str]]]:
+    """The rows of one module for one chip, each with its problems."""
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    found = []
+    for each in importlib.import_module(f"stepkto_kernels.{module}").compilations(chip):
+        if only in f"{each.kernel.__name__} {each.label}":
+            row, wrong = inspect(each, chip)
+            problems = [f"{each.kernel.__name__} ({each.label}) for {chip}: {reason}" for reason in wrong]
+            found.append((row + "".join(f"  <- {reason}" for reason in wrong), problems))
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--chips", type=int, nargs="+", default=list(CHIPS), choices=list(CHIPS))
-    parser.add_argument("--only", default="", help="kernels and labels that contain this text")
+    parser.add_argument("--only", default="", help="kernels and configurations whose names contain this text")
     options = parser.parse_args()
     print(
         f"triton {triton.__version__}\n{'kernel':<24} {'configuration':<28} {'chip':>4} {'warps':>5} {'stages':>6} "
         f"{'regs':>5} {'spills':>6} {'KiB':>7}  {'copies':<9} tensor cores"
     )
     failures, count = [], 0
-    for module in MODULES:
-        for chip in options.chips:
-            for each in importlib.import_module(f"stepkto_kernels.{module}").compilations(chip):
-                if options.only not in f"{each.kernel.__name__} {each.label}":
-                    continue
-                row, wrong = inspect(each, chip)
-                print(row + "".join(f"  <- {reason}" for reason in wrong), flush=True)
-                failures += [f"{each.kernel.__name__} ({each.label}) for {chip}: {reason}" for reason in wrong]
+    jobs = [(module, chip, options.only) for module in MODULES for chip in options.chips]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        for found in pool.map(inspect_all, *zip(*jobs, strict=True)):
+            for row, problems in found:
+                print(row, flush=True)
+                failures += problems
                 count += 1
     if failures:
         sys.exit("\n".join(["", f"{len(failures)} problems:", *failures]))

@@ -121,6 +121,61 @@ def test_auto_is_exact_for_fp32_and_filters_16_bits(on_backend):
     assert 0 < calls[1].dropped_max <= 2**-9
 
 
+@pytest.mark.parametrize("entropy", [False, True], ids=["logp", "logp and entropy"])
+def test_an_exact_backward_uses_what_the_forward_kept_where_it_fits(entropy, on_backend, monkeypatch):
+    z, target = peaked(70, 3)
+    hidden, weight = z[:, :40].bfloat16(), torch.randn(300, 40).bfloat16()
+    target, grad = target % 300, torch.randn(2, 70)
+
+    def run(filter_eps):
+        leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        if entropy:
+            total = sum(
+                (x * g).sum()
+                for x, g in zip(linear_logp_entropy(*leaves, target, filter_eps=filter_eps), grad, strict=True)
+            )
+        else:
+            total = (linear_logp(*leaves, target, filter_eps=filter_eps) * grad[0]).sum()
+        return torch.autograd.grad(total, leaves)
+
+    device = device_of("triton")
+    assert eager.stores_probs(hidden.to(device), weight, None, 0.0)
+    assert not eager.stores_probs(hidden.to(device), weight, None, 2**-9)
+    assert not eager.stores_probs(hidden.to(device), weight, 30.0, 0.0)
+    assert not eager.stores_probs(hidden.float().to(device), weight, None, 0.0)
+    kept = run(0)
+    monkeypatch.setattr(eager, "STORED_BYTES", 2 * 70 * 3 * VOCAB_TILE - 1)
+    assert not eager.stores_probs(hidden.to(device), weight, None, 0.0)
+    again = run(0)
+    for a, b in zip(kept, again, strict=True):
+        assert not torch.equal(a, b)  # one more rounding: it did come from what was kept
+        assert (a - b).norm() <= 5e-3 * b.norm()
+
+
+def test_nothing_is_kept_where_no_gradient_is_needed(on_backend, monkeypatch):
+    from stepkto_kernels.linear_logp import triton_forward
+
+    stored = []
+    tiles = triton_forward.linear_logp_tiles
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*args, **keywords):
+                stored.append(keywords["STORE"])
+                return tiles[grid](*args, **keywords)
+
+            return launch
+
+    monkeypatch.setattr(triton_forward, "linear_logp_tiles", Spy())
+    hidden, weight = torch.randn(3, 8).bfloat16(), torch.randn(20, 8).bfloat16().requires_grad_()
+    target = torch.tensor([1, 2, 3])
+    linear_logp(hidden, weight, target, filter_eps=0)
+    linear_logp(hidden, weight.detach(), target, filter_eps=0)
+    with torch.no_grad():
+        linear_logp(hidden, weight, target, filter_eps=0)
+    assert stored == [True, False, False]
+
+
 def test_only_tokens_with_a_coefficient_are_visited(on_backend):
     z, target = peaked(40, 4)
     grad = torch.zeros(40)
@@ -248,11 +303,11 @@ def test_any_backward_follows_any_forward(forward, on_backend):
     from stepkto_kernels.linear_logp import triton_backward, triton_forward
 
     first, second = (eager, triton_backward) if forward == "reference" else (triton_forward, eager)
-    results = first.linear_logp_forward(*operands, *options)
+    results = first.linear_logp_forward(*operands, *options, False)
     grad = torch.ones(60, device=device)
     mixed = second.linear_logp_backward(grad, *operands, *results, *options, 0.0, True, True, False)
     pure = eager.linear_logp_backward(
-        grad, *operands, *eager.linear_logp_forward(*operands, *options), *options, 0.0, True, True, False
+        grad, *operands, *eager.linear_logp_forward(*operands, *options, False), *options, 0.0, True, True, False
     )
     for a, b in zip(mixed[:2], pure[:2], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

@@ -10,7 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import triton_backend
+
 VOCAB_TILE = 128  # width of the vocabulary tiles whose log-sum-exps a forward saves, on every backend
+STORED_BYTES = 2**28  # the most that a forward may keep for an exact backward; see `stores_probs`
 TILE_V = 8192  # a multiple of it: what this backend multiplies at a time
 TILE_ELEMENTS = 2**24  # of logits held at a time: 64 MiB in fp32
 
@@ -78,6 +81,22 @@ def vocab_tiles(vocabulary: int) -> int:
     return -(-vocabulary // VOCAB_TILE)
 
 
+def stores_probs(hidden_ND: Tensor, weight_VD: Tensor, softcap: float | None, filter_eps: float) -> bool:
+    """Whether a forward keeps each tile's softmax, in 16 bits, so that the backward need not multiply again.
+
+    Only where the backward visits every tile for certain (filter_eps 0), and 16 bits are what it would round the
+    gradient of a logit to anyway; not on CPUs, whose kernels do not use it.
+    """
+    elements = len(hidden_ND) * vocab_tiles(len(weight_VD)) * VOCAB_TILE
+    on_gpu = hidden_ND.device.type == "cuda" or triton_backend.interpreting()
+    sixteen_bits = hidden_ND.dtype in (torch.bfloat16, torch.float16)
+    return on_gpu and sixteen_bits and softcap is None and filter_eps == 0 and 2 * elements <= STORED_BYTES
+
+
+def probs_shape(stored: bool, tokens: int, vocabulary: int) -> tuple[int, int]:
+    return (tokens, vocab_tiles(vocabulary) * VOCAB_TILE) if stored else (0, 0)
+
+
 def tile_logsumexp(z_nv: Tensor) -> Tensor:
     """(n, v) logits to the (n, ceil(v / VOCAB_TILE)) log-sum-exps of their tiles."""
     short = -z_nv.shape[1] % VOCAB_TILE
@@ -100,10 +119,11 @@ def linear_logp_forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, lse, tile_lse): see the op."""
+    store_probs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, tile_probs): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
-    return _forward(hidden_ND, head, target_N, ignore_index, with_entropy=False)[:3]
+    return _forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=False)[:4]
 
 
 def linear_logp_entropy_forward(
@@ -115,20 +135,22 @@ def linear_logp_entropy_forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, lse, tile_lse, entropy): see the op."""
+    store_probs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, tile_probs, entropy): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
-    return _forward(hidden_ND, head, target_N, ignore_index, with_entropy=True)
+    return _forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=True)
 
 
 def _forward(
-    hidden_ND: Tensor, head: Head, target_N: Tensor, ignore_index: int, with_entropy: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden_ND: Tensor, head: Head, target_N: Tensor, ignore_index: int, store_probs: bool, with_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The target's own entry is kept apart from all sums, so that 1 - p of a confident token keeps its digits."""
     dtype = compute_dtype(hidden_ND)
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     lse_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
     tile_lse_TN = logp_N.new_zeros(vocab_tiles(len(head.weight)), len(target_N))
+    tile_probs_NV = hidden_ND.new_zeros(probs_shape(store_probs, len(target_N), len(head.weight)))
     for rows in row_blocks(target_N != ignore_index, len(head.weight)):
         h_nD, target_n = hidden_ND[rows].to(dtype), target_N[rows]
         z_target_n = logp_N.new_zeros(len(target_n))
@@ -141,6 +163,9 @@ def _forward(
             lse_nt = tile_logsumexp(z_nv)
             tile_lse_TN[tile.start // VOCAB_TILE :][: lse_nt.shape[1], rows] = lse_nt.T
             lse_tiles.append(lse_nt.logsumexp(-1))
+            if store_probs:
+                within_nv = finite(lse_nt).repeat_interleave(VOCAB_TILE, 1)[:, : z_nv.shape[1]]
+                tile_probs_NV[rows, tile] = (z_nv - within_nv).exp().to(tile_probs_NV.dtype)
             if with_entropy:
                 logq_nv = z_nv.sub_(finite(lse_tiles[-1])[:, None])
                 terms_nv = logq_nv.exp().mul_(logq_nv)
@@ -158,7 +183,7 @@ def _forward(
             entropy_N[rows] = (p_nt * torch.stack(entropy_tiles, -1) + torch.special.entr(p_nt)).sum(
                 -1
             ) - logp_n.exp() * logp_n
-    return logp_N, lse_N, tile_lse_TN, entropy_N
+    return logp_N, lse_N, tile_lse_TN, tile_probs_NV, entropy_N
 
 
 def linear_logp_backward(
@@ -169,6 +194,7 @@ def linear_logp_backward(
     logp_N: Tensor,
     lse_N: Tensor,
     tile_lse_TN: Tensor,  # for backends that skip tiles
+    tile_probs_NV: Tensor,  # for backends that need not multiply again
     bias_V: Tensor | None,
     logit_scale: float,
     softcap: float | None,
@@ -193,6 +219,7 @@ def linear_logp_entropy_backward(
     logp_N: Tensor,
     lse_N: Tensor,
     tile_lse_TN: Tensor,
+    tile_probs_NV: Tensor,
     entropy_N: Tensor,
     bias_V: Tensor | None,
     logit_scale: float,

@@ -66,6 +66,7 @@ def check_logit_options(
     temperature: float,
     ignore_index: int,
     filter_eps: float | Literal["auto"],
+    *learned: Tensor | None,
 ) -> LogitOptions:
     checks.scalar("logit_scale", logit_scale)
     if softcap is not None:
@@ -79,6 +80,8 @@ def check_logit_options(
     checks.scalar("filter_eps", filter_eps, low=0, low_allowed=True)
     if filter_eps >= 1:
         raise ValueError(f"filter_eps is {filter_eps!r}; expected 'auto' or a number in [0, 1)")
+    if not (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, *learned))):
+        filter_eps = FILTER_EPS_16_BIT  # no backward: nothing need be kept for an exact one
     return LogitOptions(
         float(logit_scale),
         None if softcap is None else float(softcap),
@@ -127,25 +130,28 @@ def linear_logp_forward(
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(logp, lse, tile_lse): lse (N,) over the vocabulary; tile_lse (T, N) over each tile of VOCAB_TILE entries, the
-    target's left out. Columns of ignored rows hold nothing of use."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, tile_probs): lse (N,) over the vocabulary; tile_lse (T, N) over each tile of VOCAB_TILE
+    entries, the target's left out; tile_probs (N, T * VOCAB_TILE) the softmax within each tile, the target's entry
+    0, in hidden's dtype, or (0, 0) unless `stores_probs`. What belongs to ignored rows is of no use."""
     kernel = backends.choose("linear_logp", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
-    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+    store = eager.stores_probs(hidden, weight, softcap, filter_eps)
+    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, store)
 
 
 @linear_logp_forward.register_fake
-def _(hidden, weight, target, bias, *options):
-    return fake_results(hidden, weight, per_token=2)
+def _(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, filter_eps, validate):
+    return fake_results(hidden, weight, 2, eager.stores_probs(hidden, weight, softcap, filter_eps))
 
 
-def fake_results(hidden, weight, per_token):
-    """logp, lse, tile_lse, and what comes after them."""
+def fake_results(hidden, weight, per_token, stored=False):
+    """logp, lse, tile_lse, tile_probs, and what comes after them."""
     shape = hidden.new_empty(hidden.shape[0], dtype=eager.compute_dtype(hidden))
     logp, lse, *others = (torch.empty_like(shape) for _ in range(per_token))
-    return logp, lse, shape.new_empty(eager.vocab_tiles(weight.shape[0]), hidden.shape[0]), *others
+    tile_lse = shape.new_empty(eager.vocab_tiles(weight.shape[0]), hidden.shape[0])
+    return logp, lse, tile_lse, hidden.new_empty(eager.probs_shape(stored, hidden.shape[0], weight.shape[0])), *others
 
 
 @op
@@ -157,6 +163,7 @@ def linear_logp_backward(
     logp: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
+    tile_probs: Tensor,
     bias: Tensor | None,
     logit_scale: float,
     softcap: float | None,
@@ -169,14 +176,14 @@ def linear_logp_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp", hidden, backend).backward(
-        grad_logp, hidden, weight, target, logp, lse, tile_lse, bias, logit_scale, softcap, temperature,
-        ignore_index, filter_eps, need_hidden, need_weight, need_bias,
+        grad_logp, hidden, weight, target, logp, lse, tile_lse, tile_probs, bias, logit_scale, softcap,
+        temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(hidden, *grads)
 
 
 @linear_logp_backward.register_fake
-def _(grad_logp, hidden, weight, target, logp, lse, tile_lse, bias, *options_needs_backend):
+def _(grad_logp, hidden, weight, target, logp, lse, tile_lse, tile_probs, bias, *options_needs_backend):
     return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
 
 
@@ -215,17 +222,18 @@ def linear_logp_entropy_forward(
     ignore_index: int,
     filter_eps: float,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(logp, lse, tile_lse, entropy)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(logp, lse, tile_lse, tile_probs, entropy)."""
     kernel = backends.choose("linear_logp_entropy", hidden)
     if validate:
         checks.target_values(target, len(weight), ignore_index)
-    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index)
+    store = eager.stores_probs(hidden, weight, softcap, filter_eps)
+    return kernel.forward(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, store)
 
 
 @linear_logp_entropy_forward.register_fake
-def _(hidden, weight, target, bias, *options):
-    return fake_results(hidden, weight, per_token=3)
+def _(hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index, filter_eps, validate):
+    return fake_results(hidden, weight, 3, eager.stores_probs(hidden, weight, softcap, filter_eps))
 
 
 @op
@@ -238,6 +246,7 @@ def linear_logp_entropy_backward(
     logp: Tensor,
     lse: Tensor,
     tile_lse: Tensor,
+    tile_probs: Tensor,
     entropy: Tensor,
     bias: Tensor | None,
     logit_scale: float,
@@ -251,18 +260,20 @@ def linear_logp_entropy_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = backends.choose("linear_logp_entropy", hidden, backend).backward(
-        grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, entropy, bias, logit_scale,
-        softcap, temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
+        grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, tile_probs, entropy, bias,
+        logit_scale, softcap, temperature, ignore_index, filter_eps, need_hidden, need_weight, need_bias,
     )  # fmt: skip
     return filled(hidden, *grads)
 
 
 @linear_logp_entropy_backward.register_fake
-def _(grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, entropy, bias, *options_needs_backend):
+def _(
+    grad_logp, grad_entropy, hidden, weight, target, logp, lse, tile_lse, probs, entropy, bias, *options_needs_backend
+):
     return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
 
 
-def _differentiate_logp_entropy(ctx, grad_logp, _lse, _tile_lse, grad_entropy):
+def _differentiate_logp_entropy(ctx, grad_logp, _lse, _tile_lse, _tile_probs, grad_entropy):
     needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
     grads = linear_logp_entropy_backward(
         grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend
@@ -313,7 +324,7 @@ def linear_logp(
         RuntimeError: the backend chosen by name cannot run this op.
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
-    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps, weight, bias)
     return linear_logp_forward(hidden, weight, target, bias, *options, reads_data(validate, hidden))[0]
 
 
@@ -339,8 +350,8 @@ def linear_logp_entropy(
         rows give 0.
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
-    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
-    logp, _, _, entropy = linear_logp_entropy_forward(
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps, weight, bias)
+    logp, _, _, _, entropy = linear_logp_entropy_forward(
         hidden, weight, target, bias, *options, reads_data(validate, hidden)
     )
     return logp, entropy

@@ -1,9 +1,9 @@
 """The backward of linear_logp and linear_logp_entropy on a GPU: grouped GEMMs over the (token, vocabulary tile) pairs
-of `triton_route`. Chunk by chunk: the pairs' gradients dL/dz into a workspace, a row of TILE entries each; from them dW,
-whose tiles each belong to one program; and dhidden, whose blocks of tokens do. No atomics: bitwise reproducible.
+of `triton_route`. Chunk by chunk: the pairs' gradients dL/dz into a workspace, TILE entries each; from them dW, whose
+tiles each belong to one program; and dhidden, whose blocks of tokens do. No atomics: bitwise reproducible.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,7 +15,7 @@ from ..routing import record
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
 from .eager import VOCAB_TILE
 from .triton_forward import ELEMENT, precision, rows_contiguous, scalars, tma
-from .triton_math import expm1, logits, multiply, operand, rounded
+from .triton_math import NO_MASS, expm1, logits, multiply, operand, rounded
 from .triton_route import BLOCK, Routes, route
 
 TILE = tl.constexpr(VOCAB_TILE)
@@ -70,6 +70,8 @@ def pair_gradients(
     target,
     logp,
     lse,
+    tile_lse,  # (T, N), with STORED
+    tile_probs,  # (N, T * TILE), with STORED: instead of a product
     entropy,
     grad_logp,
     grad_entropy,
@@ -78,6 +80,7 @@ def pair_gradients(
     row_token,
     block_tile,
     gradients,  # (capacity, TILE) out: dL/d(hidden @ weight.T + bias), 0 in rows that hold no token
+    N,
     V,
     D,
     stride_hidden,
@@ -90,6 +93,7 @@ def pair_gradients(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    STORED: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -101,34 +105,46 @@ def pair_gradients(
         t = tl.load(block_tile + b)
         row = b * BLOCK_J + tl.arange(0, BLOCK_J)
         n = tl.load(row_token + row)
-        hidden_J = hidden + n.to(tl.int64) * stride_hidden
-        acc_JV = tl.zeros((BLOCK_J, TILE), tl.float32)
-        for k in range(0, D, BLOCK_D):
-            d = k + tl.arange(0, BLOCK_D)
-            h_JD = tl.load(hidden_J[:, None] + d[None, :], mask=(n >= 0)[:, None] & (d < D)[None, :], other=0.0)
-            w_VD = operand(weight, t * TILE, V, k, D, stride_weight, TILE, BLOCK_D, TMA)
-            acc_JV = multiply(h_JD, w_VD.T, acc_JV, PRECISION, INTERPRET)
-        v = t * TILE + tl.arange(0, TILE)
-        bias_V = tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
-        z_JV = logits(acc_JV, bias_V, slope, cap_in, cap_out, HAS_BIAS, HAS_SOFTCAP)
-        is_row = n >= 0
-        logq_JV = z_JV - tl.load(lse + n, mask=is_row, other=0.0)[:, None]
+        if STORED:
+            is_row = n >= 0
+            width = tl.cdiv(V, TILE) * TILE
+            from_JV = n.to(tl.int64)[:, None] * width + (t * TILE + tl.arange(0, TILE))[None, :]
+            q_JV = tl.load(tile_probs + from_JV, mask=is_row[:, None], other=0.0).to(tl.float32)
+            log_mass_J = tl.load(tile_lse + tl.cast(t, tl.int64) * N + n, mask=is_row, other=NO_MASS)
+            log_mass_J -= tl.load(lse + n, mask=is_row, other=0.0)
+            p_JV = q_JV * tl.exp(log_mass_J)[:, None]
+            logq_JV = tl.where(q_JV > 0, tl.log(q_JV) + log_mass_J[:, None], 0.0)
+        else:
+            hidden_J = hidden + n.to(tl.int64) * stride_hidden
+            acc_JV = tl.zeros((BLOCK_J, TILE), tl.float32)
+            for k in range(0, D, BLOCK_D):
+                d = k + tl.arange(0, BLOCK_D)
+                h_JD = tl.load(hidden_J[:, None] + d[None, :], mask=(n >= 0)[:, None] & (d < D)[None, :], other=0.0)
+                w_VD = operand(weight, t * TILE, V, k, D, stride_weight, TILE, BLOCK_D, TMA)
+                acc_JV = multiply(h_JD, w_VD.T, acc_JV, PRECISION, INTERPRET)
+            is_row = n >= 0
+            v = t * TILE + tl.arange(0, TILE)
+            bias_V = tl.load(bias + v, mask=v < V, other=0.0).to(tl.float32) if HAS_BIAS else 0.0
+            z_JV = logits(acc_JV, bias_V, slope, cap_in, cap_out, HAS_BIAS, HAS_SOFTCAP)
+            logq_JV = z_JV - tl.load(lse + n, mask=is_row, other=0.0)[:, None]
+            p_JV = tl.exp(logq_JV)
         g_J = slope * tl.load(grad_logp + n, mask=is_row, other=0.0)
         logp_J = tl.load(logp + n, mask=is_row, other=0.0)
         at_target_J = -g_J * expm1(logp_J)  # g * (1 - p), to the last digit for p near 1
         if ENTROPY:
             gh_J = slope * tl.load(grad_entropy + n, mask=is_row, other=0.0)
             entropy_J = tl.load(entropy + n, mask=is_row, other=0.0)
-            dz_JV = -(g_J[:, None] + gh_J[:, None] * (logq_JV + entropy_J[:, None])) * tl.exp(logq_JV)
+            dz_JV = -(g_J[:, None] + gh_J[:, None] * (logq_JV + entropy_J[:, None])) * p_JV
             at_target_J -= gh_J * tl.exp(logp_J) * (logp_J + entropy_J)
         else:
-            dz_JV = -g_J[:, None] * tl.exp(logq_JV)
+            dz_JV = -g_J[:, None] * p_JV
         column_J = (tl.load(target + n, mask=is_row, other=-1) - t * TILE).to(tl.int32)
         dz_JV = tl.where(column_J[:, None] == tl.arange(0, TILE)[None, :], at_target_J[:, None], dz_JV)
         if HAS_SOFTCAP:
             tanh_JV = z_JV / cap_out
             dz_JV *= 1 - tanh_JV * tanh_JV
-        dz_JV = tl.where(is_row[:, None] & (v < V)[None, :], dz_JV, 0.0)
+        inside_V = t * TILE + tl.arange(0, TILE) < V
+        dz_JV = tl.where(is_row[:, None] & inside_V[None, :], dz_JV, 0.0)
         out = gradients + row.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
         tl.store(out, rounded(dz_JV, gradients.dtype.element_ty, INTERPRET))
 
@@ -304,6 +320,7 @@ class _Problem(NamedTuple):
     logp: Tensor
     lse: Tensor
     tile_lse: Tensor
+    tile_probs: Tensor  # (0, 0) unless the forward kept them
     entropy: Tensor | None
     bias: Tensor | None
 
@@ -371,10 +388,11 @@ def _visit(
         )  # fmt: skip
         pair_gradients[(programs,)](
             p.hidden, weight_rows(VOCAB_TILE, c.pair_d), p.hidden if p.bias is None else p.bias, p.target, p.logp,
-            p.lse, p.lse if p.entropy is None else p.entropy, p.grad_logp,
+            p.lse, p.tile_lse, p.tile_probs, p.lse if p.entropy is None else p.entropy, p.grad_logp,
             p.grad_logp if p.grad_entropy is None else p.grad_entropy, routes.base, routes.first_tile, row_token,
-            block_tile, gradients, vocabulary, size, p.hidden.stride(0), p.weight.stride(0), *scalars, n, programs,
-            HAS_BIAS=p.bias is not None, HAS_SOFTCAP=has_softcap, ENTROPY=p.entropy is not None,
+            block_tile, gradients, tokens, vocabulary, size, p.hidden.stride(0), p.weight.stride(0), *scalars, n,
+            programs, HAS_BIAS=p.bias is not None, HAS_SOFTCAP=has_softcap, ENTROPY=p.entropy is not None,
+            STORED=p.tile_probs.numel() > 0,
             PRECISION=precision(dtype), TMA=use_tma, INTERPRET=interpret, BLOCK_J=BLOCK, BLOCK_D=c.pair_d,
             num_warps=c.pair_warps, num_stages=c.pair_stages,
         )  # fmt: skip
@@ -407,11 +425,23 @@ def linear_logp_backward(
     logp_N: Tensor,
     lse_N: Tensor,
     tile_lse_TN: Tensor,
+    tile_probs_NV: Tensor,
     bias_V: Tensor | None,
     *options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     return linear_logp_entropy_backward(
-        grad_logp_N, None, hidden_ND, weight_VD, target_N, logp_N, lse_N, tile_lse_TN, None, bias_V, *options
+        grad_logp_N,
+        None,
+        hidden_ND,
+        weight_VD,
+        target_N,
+        logp_N,
+        lse_N,
+        tile_lse_TN,
+        tile_probs_NV,
+        None,
+        bias_V,
+        *options,
     )
 
 
@@ -424,6 +454,7 @@ def linear_logp_entropy_backward(
     logp_N: Tensor,
     lse_N: Tensor,
     tile_lse_TN: Tensor,
+    tile_probs_NV: Tensor,
     entropy_N: Tensor | None,
     bias_V: Tensor | None,
     *options,
@@ -437,6 +468,7 @@ def linear_logp_entropy_backward(
         logp_N.contiguous(),
         lse_N.contiguous(),
         tile_lse_TN.contiguous(),
+        tile_probs_NV.contiguous(),
         None if entropy_N is None else entropy_N.contiguous(),
         None if bias_V is None else bias_V.contiguous(),
     )
@@ -449,7 +481,8 @@ def compilations(chip: int) -> list[Compilation]:
         c, workspace, matrix = config(chip, dtype), ELEMENT[workspace_dtype(dtype)], dtype != torch.float32
         common = {
             **dict.fromkeys(("hidden", "weight", "bias", "dweight", "dbias", "dhidden", "remainder"), f"*{element}"),
-            **dict.fromkeys(("logp", "lse", "entropy", "grad_logp", "grad_entropy"), "*fp32"),
+            "tile_probs": f"*{element}",
+            **dict.fromkeys(("logp", "lse", "tile_lse", "entropy", "grad_logp", "grad_entropy"), "*fp32"),
             **dict.fromkeys(("order", "first", "first_tile", "active", "active_before"), "*i32"),
             **dict.fromkeys(("row_token", "block_tile"), "*i32"),
             **{"target": "*i64", "base": "*i64", "rank": "*i8", "gradients": f"*{workspace}"},
@@ -457,17 +490,29 @@ def compilations(chip: int) -> list[Compilation]:
             **dict.fromkeys(("D", "stride_hidden", "stride_weight"), "i32:16"),
             **dict.fromkeys(("slope", "cap_in", "cap_out"), "fp32"),
         }
-        one = {"INTERPRET": False}
+        one: dict[str, Any] = {"INTERPRET": False}
         tf32 = "tf32" if dtype == torch.float16 else "ieee"
         for use_tma in (False, True) if chip >= 90 and matrix else (False,):
-            for extras in (False, True):
-                label = f"{element}{' entropy softcap bias' * extras}{' tma' * use_tma}"
-                flags = {"HAS_BIAS": extras, "HAS_SOFTCAP": extras, "ENTROPY": extras, "PRECISION": "ieee"}
+            for extras, stored in ((False, False), (True, False), (False, True))[: 3 if matrix else 2]:
+                label = f"{element}{' entropy softcap bias' * extras}{' stored entropy' * stored}{' tma' * use_tma}"
+                flags: dict[str, Any] = {
+                    "HAS_BIAS": extras,
+                    "HAS_SOFTCAP": extras,
+                    "ENTROPY": extras or stored,
+                    "STORED": stored,
+                }
+                flags["PRECISION"] = "ieee"
                 shapes = {"TMA": use_tma, "BLOCK_J": BLOCK, "BLOCK_D": c.pair_d}
                 box = {"weight": f"tensordesc<{element}[{VOCAB_TILE}, {c.pair_d}]>"} if use_tma else {}
                 shipped.append(
                     Compilation(
-                        pair_gradients, common | box, one | flags | shapes, c.pair_warps, c.pair_stages, matrix, label
+                        pair_gradients,
+                        common | box,
+                        one | flags | shapes,
+                        c.pair_warps,
+                        c.pair_stages,
+                        matrix and not stored,
+                        label,
                     )
                 )
             for is_first, has_remainder in ((True, False), (True, True), (False, matrix)):

@@ -10,8 +10,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
-from .eager import VOCAB_TILE, vocab_tiles
-from .triton_math import NO_MASS, grouped, log_sum_exp, logits, multiply, operand
+from .eager import VOCAB_TILE, probs_shape, vocab_tiles
+from .triton_math import NO_MASS, grouped, log_sum_exp, logits, multiply, operand, rounded
 
 TILE = tl.constexpr(VOCAB_TILE)
 
@@ -24,6 +24,7 @@ def linear_logp_tiles(
     target,
     tile_lse,  # (T, N) out
     tile_entropy,  # (T, N) out, with ENTROPY
+    tile_probs,  # (N, T * TILE) out, with STORE
     target_logit,  # (N,) out
     N,
     V,
@@ -38,6 +39,7 @@ def linear_logp_tiles(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
+    STORE: tl.constexpr,
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -78,6 +80,12 @@ def linear_logp_tiles(
             out_NT = t.to(tl.int64)[None, :] * N + n[:, None]
             mask_NT = (n < N)[:, None] & (t < tl.cdiv(V, TILE))[None, :]
             tl.store(tile_lse + out_NT, m_NT + tl.log(s_NT), mask=mask_NT)
+            if STORE:
+                q_NTV = e_NTV / tl.where(s_NT > 0, s_NT, 1.0)[:, :, None]
+                q_NV = rounded(tl.reshape(q_NTV, (BLOCK_N, BLOCK_V)), tile_probs.dtype.element_ty, INTERPRET)
+                width = tl.cdiv(V, TILE) * TILE
+                to_NV = tile_probs + n.to(tl.int64)[:, None] * width + v[None, :]
+                tl.store(to_NV, q_NV, mask=(n < N)[:, None] & (v < width)[None, :])
             if ENTROPY:
                 u_NT = tl.sum(tl.where(e_NTV > 0, e_NTV * x_NTV, 0.0), 2)
                 h_NT = tl.log(s_NT) - u_NT / s_NT
@@ -135,13 +143,14 @@ class Config(NamedTuple):
         return {name: value for name, value in self._asdict().items() if name != "per_multiprocessor"}
 
 
-def config(chip: int, dtype: torch.dtype, long_epilogue: bool) -> Config:
-    """The epilogues of the entropy, a softcap or a bias need registers beside the accumulators."""
+def config(chip: int, dtype: torch.dtype, long_epilogue: bool, store_entropy: bool = False) -> Config:
+    """The epilogues of the entropy, a softcap, a bias or stored probabilities need registers beside the
+    accumulators; entropy and stored probabilities together, more still."""
     if dtype == torch.float32:  # exact products run on the ordinary units: small blocks keep them in registers
         return Config(64, 128, 16, 8, 2, 8, 2)
     if chip == 90 and not long_epilogue:
         return Config(256, 128, 64, 8, 1, 8, 3)
-    return Config(128, 128, 64, 8, 1, 8, 2 if chip in (89, 120) else 4)
+    return Config(64 if store_entropy else 128, 128, 64, 8, 1, 8, 2 if chip in (89, 120) else 4)
 
 
 def precision(dtype: torch.dtype) -> str:
@@ -182,7 +191,8 @@ def _forward(
     softcap: float | None,
     temperature: float,
     ignore_index: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    store_probs: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, size), vocabulary = hidden_ND.shape, len(weight_VD)
     tiles = vocab_tiles(vocabulary)
     hidden_ND, weight_VD, target_N = rows_contiguous(hidden_ND), rows_contiguous(weight_VD), target_N.contiguous()
@@ -191,10 +201,11 @@ def _forward(
     entropy_N = torch.empty_like(logp_N) if with_entropy else logp_N
     tile_lse_TN = logp_N.new_empty(tiles, tokens)
     tile_entropy_TN = torch.empty_like(tile_lse_TN) if with_entropy else tile_lse_TN
+    tile_probs_NV = hidden_ND.new_empty(probs_shape(store_probs, tokens, vocabulary))
     if not tokens:
-        return logp_N, lse_N, tile_lse_TN, entropy_N
-    long_epilogue = with_entropy or softcap is not None or bias_V is not None
-    c = config(chip(hidden_ND), hidden_ND.dtype, long_epilogue)
+        return logp_N, lse_N, tile_lse_TN, tile_probs_NV, entropy_N
+    long_epilogue = with_entropy or store_probs or softcap is not None or bias_V is not None
+    c = config(chip(hidden_ND), hidden_ND.dtype, long_epilogue, store_probs and with_entropy)
     use_tma = tma(chip(hidden_ND), hidden_ND, weight_VD)
     blocks = triton.cdiv(tokens, c.BLOCK_N) * triton.cdiv(vocabulary, c.BLOCK_V)
     programs = min(blocks, c.per_multiprocessor * multiprocessors(hidden_ND))
@@ -205,6 +216,7 @@ def _forward(
         target_N,
         tile_lse_TN,
         tile_entropy_TN,
+        tile_probs_NV,
         target_logit_N,
         tokens,
         vocabulary,
@@ -217,6 +229,7 @@ def _forward(
         HAS_BIAS=bias_V is not None,
         HAS_SOFTCAP=softcap is not None,
         ENTROPY=with_entropy,
+        STORE=store_probs,
         PRECISION=precision(hidden_ND.dtype),
         TMA=use_tma,
         INTERPRET=interpreting(),
@@ -237,14 +250,14 @@ def _forward(
         BLOCK_N=32,
         BLOCK_T=64,
     )
-    return logp_N, lse_N, tile_lse_TN, entropy_N
+    return logp_N, lse_N, tile_lse_TN, tile_probs_NV, entropy_N
 
 
-def linear_logp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(False, *arguments)[:3]
+def linear_logp_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward(False, *arguments)[:4]
 
 
-def linear_logp_entropy_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_logp_entropy_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return _forward(True, *arguments)
 
 
@@ -263,15 +276,23 @@ def matrices(names: dict[str, int], c: Config, dtype: torch.dtype, use_tma: bool
 def compilations(chip: int) -> list[Compilation]:
     shipped = []
     for dtype in ELEMENT:
-        for entropy, extras in ((False, False), (False, True), (True, True)):
+        for entropy, extras, store in (
+            (False, False, False),
+            (False, True, False),
+            (True, True, False),
+            (False, False, True),
+            (True, False, True),
+        ):
+            if store and dtype == torch.float32:
+                continue
             for use_tma in (False, True) if chip >= 90 and dtype != torch.float32 else (False,):
-                c = config(chip, dtype, entropy or extras)
+                c = config(chip, dtype, entropy or extras or store, entropy and store)
                 element = ELEMENT[dtype]
                 options = c.options()
                 warps, stages = options.pop("num_warps"), options.pop("num_stages")
                 signature = {
                     **matrices({"hidden": c.BLOCK_N, "weight": c.BLOCK_V}, c, dtype, use_tma),
-                    "bias": f"*{element}",
+                    **dict.fromkeys(("bias", "tile_probs"), f"*{element}"),
                     "target": "*i64",
                     **dict.fromkeys(("tile_lse", "tile_entropy", "target_logit"), "*fp32"),
                     **dict.fromkeys(("N", "V", "ignore_index", "programs"), "i32"),
@@ -282,12 +303,13 @@ def compilations(chip: int) -> list[Compilation]:
                     "HAS_BIAS": extras,
                     "HAS_SOFTCAP": extras,
                     "ENTROPY": entropy,
+                    "STORE": store,
                     "PRECISION": "ieee",
                     "TMA": use_tma,
                     "INTERPRET": False,
                     **options,
                 }
-                label = f"{element}{' entropy' * entropy}{' softcap bias' * extras}{' tma' * use_tma}"
+                label = f"{element}{' entropy' * entropy}{' softcap bias' * extras}{' store' * store}{' tma' * use_tma}"
                 shipped.append(
                     Compilation(linear_logp_tiles, signature, constants, warps, stages, dtype != torch.float32, label)
                 )

@@ -68,14 +68,14 @@ def linear_logp_kl_forward(
 
 @linear_logp_kl_forward.register_fake
 def _(hidden, weight, *rest):
-    logp, lse, tile_lse, ref_logp, kl = fake_results(hidden, weight, per_token=4)
+    logp, lse, tile_lse, _, ref_logp, kl = fake_results(hidden, weight, per_token=4)
     return logp, ref_logp, kl, lse, tile_lse
 
 
 def _save(ctx, inputs, output):
     hidden, weight, _, _, target, bias, _, *ctx.options = inputs
     logp, _, _, lse, tile_lse = output
-    ctx.save_for_backward(hidden, weight, target, logp, lse, tile_lse, bias)
+    ctx.save_for_backward(hidden, weight, target, logp, lse, tile_lse, hidden.new_empty(0, 0), bias)
     ctx.backend = requested_for_backward()
 
 
@@ -139,7 +139,7 @@ def linear_logp_kl(
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     ref_hidden, ref_weight, ref_bias = check_reference_head(weight, ref_hidden, ref_weight, ref_bias, target)
-    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps, weight, bias)
     logp, ref_logp, kl, _, _ = linear_logp_kl_forward(
         hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias, *options, reads_data(validate, hidden)
     )

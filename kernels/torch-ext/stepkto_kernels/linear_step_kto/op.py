@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import backends, checks
 from .._ops import op
+from ..linear_logp.eager import stores_probs
 from ..linear_logp.op import (
     check_head,
     check_logit_options,
@@ -69,35 +70,38 @@ def linear_step_kto_forward(
     after_first_error: str,
     loss_type: str,
     validate: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     head, objective = (backends.choose(name, hidden) for name in ("linear_logp", "step_kto"))
     if validate:
         checks.target_values(target, len(weight), ignore_index)
         batch_values(len(target), cu_seqlens, cu_steps, step_labels, (num_completions, num_supervised))
         point_values(kl, step_kl, loss_type)
-    logp_N, lse_N, tile_lse_TN = head.forward(
-        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index
-    )
+    logp_N, lse_N, tile_lse_TN, tile_probs_NV = head.forward(
+        hidden, weight, target, bias, logit_scale, softcap, temperature, ignore_index,
+        stores_probs(hidden, weight, softcap, filter_eps),
+    )  # fmt: skip
     ref_logp_N = ref_logp.to(logp_N.dtype).masked_fill(target == ignore_index, 0)
     *results, coefficient_N = objective.forward(
         logp_N, ref_logp_N, cu_seqlens, cu_steps, labels, step_labels, kl, step_kl, num_completions,
         num_supervised, beta, step_beta, desirable_weight, undesirable_weight, step_desirable_weight,
         step_undesirable_weight, outcome_weight, step_weight, step_reduction, after_first_error,
     )  # fmt: skip
-    return *results, logp_N, coefficient_N, lse_N, tile_lse_TN
+    return *results, logp_N, coefficient_N, lse_N, tile_lse_TN, tile_probs_NV
 
 
 @linear_step_kto_forward.register_fake
 def _(hidden, weight, target, bias, ref_logp, cu_seqlens, cu_steps, labels, step_labels, kl, *rest):
-    logp, lse, tile_lse, coefficient = fake_head_results(hidden, weight, per_token=3)
-    return *fake_results(kl, cu_seqlens, cu_steps), logp, coefficient, lse, tile_lse
+    _, _, softcap, _, _, filter_eps, *_ = rest[2:]
+    stored = stores_probs(hidden, weight, softcap, filter_eps)
+    logp, lse, tile_lse, tile_probs, coefficient = fake_head_results(hidden, weight, 3, stored)
+    return *fake_results(kl, cu_seqlens, cu_steps), logp, coefficient, lse, tile_lse, tile_probs
 
 
 def _save(ctx, inputs, output):
     hidden, weight, target, bias, *rest = inputs
-    *_, logp, coefficient, lse, tile_lse = output
+    *_, logp, coefficient, lse, tile_lse, tile_probs = output
     ctx.options, ctx.rest = rest[9:14], len(rest)
-    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, bias)
+    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, tile_probs, bias)
     ctx.backend = requested_for_backward()
 
 
@@ -174,7 +178,7 @@ def linear_step_kto_exact_forward(
 
 @linear_step_kto_exact_forward.register_fake
 def _(hidden, weight, target, bias, ref_hidden, ref_weight, ref_bias, cu_seqlens, cu_steps, *rest):
-    logp, lse, tile_lse, coefficient = fake_head_results(hidden, weight, per_token=3)
+    logp, lse, tile_lse, _, coefficient = fake_head_results(hidden, weight, per_token=3)
     results = fake_results(logp, cu_seqlens, cu_steps)
     return *results, logp, logp.new_empty(()), logp.new_empty(()), coefficient, lse, tile_lse
 
@@ -183,7 +187,7 @@ def _save_exact(ctx, inputs, output):
     hidden, weight, target, bias, *rest = inputs
     *_, logp, _, _, coefficient, lse, tile_lse = output
     ctx.options, ctx.rest = rest[9:14], len(rest)
-    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, bias)
+    ctx.save_for_backward(coefficient, hidden, weight, target, logp, lse, tile_lse, hidden.new_empty(0, 0), bias)
     ctx.backend = requested_for_backward()
 
 
@@ -245,7 +249,7 @@ def linear_step_kto(
     The formula is our reading of Step-KTO (arXiv 2501.10799) on top of KTO (arXiv 2402.01306).
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
-    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps, weight, bias)
     checks.tensor("ref_logp", ref_logp, checks.FLOATS, ("N", hidden.shape[0]))
     checks.same_device("ref_logp", ref_logp, "hidden", hidden)
     check_batch("hidden", hidden, cu_seqlens, cu_steps, labels, step_labels)
@@ -258,7 +262,7 @@ def linear_step_kto(
         global_count("num_completions", num_completions, hidden),
         global_count("num_supervised", num_supervised, hidden),
     )
-    loss, *others, _, _, _ = linear_step_kto_forward(
+    loss, *others, _, _, _, _ = linear_step_kto_forward(
         hidden, weight, target, bias, ref_logp.detach(), cu_seqlens, cu_steps, labels, step_labels, kl,
         step_kl, *counts, *options, *objective, reads_data(validate, hidden),
     )  # fmt: skip
@@ -324,7 +328,7 @@ def linear_step_kto_exact(
     """
     hidden, weight, bias = check_head("", hidden, weight, bias, target)
     ref_hidden, ref_weight, ref_bias = check_reference_head(weight, ref_hidden, ref_weight, ref_bias, target)
-    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps)
+    options = check_logit_options(hidden, logit_scale, softcap, temperature, ignore_index, filter_eps, weight, bias)
     check_batch("hidden", hidden, cu_seqlens, cu_steps, labels, step_labels)
     checks.choice("loss_type", loss_type, ("kto",))
     objective = check_objective(
