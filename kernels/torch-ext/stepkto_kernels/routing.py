@@ -60,6 +60,10 @@ def watch() -> Iterator[list[Routing]]:
         _watchers[:] = [each for each in _watchers if each is not found]
 
 
-def record(rho: Tensor, rho_blocks: Tensor, dropped_max: Tensor, dropped_mean: Tensor, dense: Tensor) -> None:
+def watching() -> bool:
+    return bool(_watchers)
+
+
+def record(found: Routing) -> None:
     for each in _watchers:
-        each.append(Routing(rho, rho_blocks, dropped_max, dropped_mean, dense))
+        each.append(found)

@@ -86,9 +86,12 @@ class Compilation(NamedTuple):
 
 
 def later(module: str, name: str) -> Callable:
-    """A function that imports `module` of this package when it is first called, and calls its `name`."""
+    """A function that imports `module` of this package when it is first called, and calls its `name` on the device of
+    its first argument: Triton launches on the current one."""
 
     def call(*arguments):
-        return getattr(importlib.import_module(f".{module}", __package__), name)(*arguments)
+        function = getattr(importlib.import_module(f".{module}", __package__), name)
+        with torch.cuda.device_of(arguments[0]):
+            return function(*arguments)
 
     return call

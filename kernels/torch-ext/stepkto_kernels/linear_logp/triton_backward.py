@@ -11,7 +11,6 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..routing import record
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
 from .eager import VOCAB_TILE
 from .triton_forward import ELEMENT, precision, rows_contiguous, scalars, tma
@@ -350,8 +349,7 @@ def _backward(
     live_N &= p.target != ignore_index
     element = torch.empty((), dtype=workspace_dtype(dtype)).element_size()
     workspace_rows = WORKSPACE_BYTES // (VOCAB_TILE * element)
-    routes, figures = route(live_N, p.target, p.logp, p.lse, p.tile_lse, p.entropy, filter_eps, workspace_rows)
-    record(**figures)
+    routes = route(live_N, p.target, p.logp, p.lse, p.tile_lse, p.entropy, filter_eps, workspace_rows)
     _visit(p, routes, scalars(logit_scale, softcap, temperature), softcap is not None, *grads)
     return grads
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..routing import Routing, record, watching
 from ..triton_backend import Compilation
 from .eager import VOCAB_TILE
 from .triton_math import NO_MASS, expm1
@@ -192,8 +193,8 @@ def route(
     entropy_N: Tensor | None,
     filter_eps: float,
     workspace_rows: int,
-) -> tuple[Routes, dict[str, Tensor]]:
-    """The pairs to visit, and what of them can be asked for: 0-d tensors on the device."""
+) -> Routes:
+    """The pairs to visit; recorded for whoever watches."""
     tiles, tokens = tile_lse_TN.shape
     blocks, device = triton.cdiv(tokens, BLOCK), tile_lse_TN.device
     block_t = triton.next_power_of_2(tiles)
@@ -236,7 +237,12 @@ def route(
     chunk_T = base_T1[:-1] // rows_of_chunks
     first_tile = torch.searchsorted(chunk_T, torch.arange(chunks + 1, device=device)).to(torch.int32)
     visits_IT = (counts_TI > 0).T
-    routes = Routes(
+    if watching():
+        share_N = torch.where(live_N & ~dense, dropped_N, 0)
+        live_blocks = (live_count + BLOCK - 1) // BLOCK
+        rho, rho_blocks = counts_TI.sum() / all_pairs, visits_IT.sum() / (live_blocks * tiles).clamp(min=1)
+        record(Routing(rho, rho_blocks, share_N.max(), share_N.sum() / live_count.clamp(min=1), dense))
+    return Routes(
         order_N,
         rank_TN,
         (counts_TI.cumsum(1) - counts_TI).to(torch.int32),
@@ -248,16 +254,6 @@ def route(
         capacity,
         chunks,
     )
-    share_N = torch.where(live_N & ~dense, dropped_N, 0)
-    live_blocks = (live_count + BLOCK - 1) // BLOCK
-    figures = {
-        "rho": counts_TI.sum() / all_pairs,
-        "rho_blocks": visits_IT.sum() / (live_blocks * tiles).clamp(min=1),
-        "dropped_max": share_N.max(),
-        "dropped_mean": share_N.sum() / live_count.clamp(min=1),
-        "dense": dense,
-    }
-    return routes, figures
 
 
 def chunk(tiles: int, padded_tokens: int, workspace_rows: int) -> tuple[int, int]:
