@@ -68,3 +68,61 @@ def test_the_same_bits_every_time():
         sk.linear_step_kto(h, w, target, torch.full((N,), -7.0, device="cuda"), **batch).loss.backward()
         grads.append((h.grad, w.grad))
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_triton_is_what_auto_takes():
+    assert (
+        sk.backends.choose("linear_logp", torch.zeros(1, device="cuda"))
+        is sk.backends._KERNELS["linear_logp"]["triton"]
+    )
+
+
+@pytest.mark.parametrize("exact_points", [False, True], ids=["given points", "exact points"])
+def test_captured_in_a_cuda_graph(exact_points):
+    """No host sync anywhere: the whole loss with its backward is captured, and replayed on other values."""
+    h, w, target, batch = inputs(torch.bfloat16, "cuda")
+    h.requires_grad_()
+    w.requires_grad_()
+    ref_h, ref_w, ref_logp = h.detach().clone(), w.detach() * 0.9, torch.full((N,), -7.0, device="cuda")
+
+    def run():
+        if exact_points:
+            out = sk.linear_step_kto_exact(h, w, ref_h, ref_w, target, **batch)
+        else:
+            out = sk.linear_step_kto(h, w, target, ref_logp, **batch)
+        return out.loss, *torch.autograd.grad(out.loss, (h, w))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        h.copy_(h.flip(0) * 1.5)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+
+
+def test_the_host_never_waits():
+    h, w, target, batch = inputs(torch.bfloat16, "cuda")
+    h.requires_grad_()
+    w.requires_grad_()
+    ref_logp = torch.full((N,), -7.0, device="cuda")
+
+    def run():
+        sk.linear_step_kto(h, w, target, ref_logp, **batch).loss.backward()
+        sk.linear_step_kto_exact(h, w, h.detach(), w.detach(), target, **batch).loss.backward()
+        logp, entropy = sk.linear_logp_entropy(h, w, target)
+        (logp.sum() + entropy.sum()).backward()
+
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
