@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast bench gpu aot lint clean
+.PHONY: setup demo smoke test test-fast bench gpu tune aot lint clean
 
 setup: $(STAMP)
 
@@ -62,6 +62,11 @@ gpu:
 	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) -m pytest -q tests/test_cuda.py tests/test_routing.py tests/test_linear_logp.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py && \
 	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) bench/gpu.py --shapes $(SHAPES) --out $(RESULTS) \
 		--budget-seconds $$((480 + start - $$(date +%s)))
+
+# Sweeps the block shapes of the matrix kernels on such a machine, in 5 minutes: what config(...) should return there.
+tune:
+	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make tune needs a GPU that torch can see")'
+	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) bench/gpu_tune.py --out $(RESULTS)
 
 # Compiles every Triton kernel in every shipped configuration for five chips, with no GPU; fails on a spill.
 aot: $(STAMP)
