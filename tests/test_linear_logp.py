@@ -90,8 +90,8 @@ def tiles(request, monkeypatch):
 
 # 3 blocks of rows and 5 tiles are enough to go wrong
 MANY_TILES_SHAPES = list(dict.fromkeys((min(n, 11), d, min(v, 600)) for n, d, v in SHAPES))
-# ragged, and large enough for several blocks of 128 tokens; rows of 80 bytes are copied by another engine
-TRITON_SHAPES = [(1, 1, 1), (5, 3, 130), (47, 40, 1009), (300, 24, 260)]
+# ragged; several blocks of tokens, of the vocabulary, of hidden sizes; rows of 80 bytes are copied by another engine
+TRITON_SHAPES = [(1, 1, 1), (5, 3, 130), (47, 40, 1009), (300, 24, 260), (20, 300, 140)]
 
 
 def cases():
@@ -248,6 +248,28 @@ def test_shapes_that_overflow_grids_elsewhere(shape, on_backend):
     exact.sum().backward()
     torch.testing.assert_close(logp.double(), exact, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(hidden.grad.double(), exact_hidden.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_head_of_no_columns_but_a_bias(on_backend):
+    hidden, weight = torch.zeros(3, 0, requires_grad=True), torch.zeros(5, 0, requires_grad=True)
+    bias, target = torch.randn(5).requires_grad_(), torch.tensor([1, 4, 0])
+    logp = linear_logp(hidden, weight, target, bias=bias)
+    expected = bias.log_softmax(-1)[target]
+    torch.testing.assert_close(logp, expected)
+    found, wanted = (torch.autograd.grad(x.sum(), bias)[0] for x in (logp, expected))
+    torch.testing.assert_close(found, wanted)
+    assert torch.autograd.grad(linear_logp(hidden, weight, target).sum(), (hidden, weight))[1].shape == (5, 0)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older torch")
+def test_the_new_setting_of_fp32_products_is_understood(on_backend):
+    hidden, weight, target, _ = inputs((3, 4, 9), torch.float32, bias=False)
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"  # torch then refuses to say allow_tf32
+    try:
+        linear_logp(hidden, weight, target)
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
 
 
 def test_another_ignore_index(on_backend):

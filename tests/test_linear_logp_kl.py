@@ -24,7 +24,7 @@ from test_linear_logp import inputs as head_inputs
 linear_logp_kl = moved(stepkto_kernels.linear_logp_kl)
 on_backend = fixture_over("linear_logp_kl", "reference", "triton")
 # (N, D, D of the reference, V); rows of 16 and 80 bytes are copied by another engine than those of 14
-SHAPES = [(1, 1, 1, 1), (5, 3, 3, 1), (13, 16, 7, 50), (11, 8, 8, 333), (70, 40, 24, 130)]
+SHAPES = [(1, 1, 1, 1), (5, 3, 3, 1), (13, 16, 7, 50), (11, 8, 8, 333), (70, 40, 24, 130), (9, 24, 150, 140)]
 
 
 def inputs(shape, dtype, drift=0.3):
@@ -81,9 +81,13 @@ def test_its_log_probs_are_those_of_linear_logp(tiles, on_backend):
     hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias = inputs((13, 16, 7, 50), torch.bfloat16)
     result = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target, bias=bias, ref_bias=ref_bias, **EVERYTHING)
     assert isinstance(result, LogpKL)
-    assert torch.equal(result.logp, linear_logp(hidden, weight, target, bias=bias, **EVERYTHING))
+    logp = linear_logp(hidden, weight, target, bias=bias, **EVERYTHING)
     ref_logp = linear_logp(ref_hidden, ref_weight, target, bias=ref_bias, **EVERYTHING)
-    assert torch.equal(result.ref_logp, ref_logp)
+    if on_backend == "reference":
+        assert torch.equal(result.logp, logp)
+        assert torch.equal(result.ref_logp, ref_logp)
+    else:  # another kernel, which may add in another order
+        torch.testing.assert_close((result.logp, result.ref_logp), (logp, ref_logp), rtol=1e-6, atol=2e-6)
 
 
 def test_kl_of_a_model_with_itself_is_zero(tiles, on_backend):
@@ -167,7 +171,67 @@ def test_policy_and_reference_may_differ_in_dtype(on_backend):
     mixed = linear_logp_kl(hidden, weight, ref_hidden.bfloat16(), ref_weight.bfloat16(), target)
     rounded = ref_hidden.bfloat16().float(), ref_weight.bfloat16().float()
     same = linear_logp_kl(hidden, weight, *rounded, target)
-    assert all(torch.equal(a, b) for a, b in zip(mixed, same, strict=True))
+    for a, b in zip(mixed, same, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0 if on_backend == "reference" else 2e-6)
+
+
+def test_a_reference_in_double_precision(on_backend):
+    hidden, weight, ref_hidden, ref_weight, target, bias, ref_bias = inputs((6, 4, 3, 9), torch.float32)
+    models = hidden, weight, ref_hidden.double(), ref_weight.double(), target
+    found = linear_logp_kl(*models, bias=bias, ref_bias=ref_bias.double())
+    single = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target, bias=bias, ref_bias=ref_bias)
+    for a, b in zip(found, single, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("which", ["bias", "ref_bias"])
+def test_a_bias_of_one_model_alone(which, on_backend):
+    hidden, weight, ref_hidden, ref_weight, target, bias, _ = inputs((6, 4, 3, 9), torch.float32)
+    models = hidden, weight, ref_hidden, ref_weight
+    found = linear_logp_kl(*models, target, **{which: bias})
+    exact = truth.linear_logp_kl(*(x.double() for x in models), target, **{which: bias.double()})
+    for a, b in zip(found, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_views_of_one_storage_are_not_one_head(on_backend):
+    """The same first element, but other columns or other strides."""
+    generator = torch.Generator().manual_seed(0)
+    square, target = torch.randn(12, 12, generator=generator), torch.arange(5)
+    hidden, wide = torch.randn(5, 12, generator=generator), torch.randn(5, 20, generator=generator)
+    for weight, ref_hidden, ref_weight in (
+        (square, hidden + 1, square.T),
+        (square, hidden[:, :7], square[:, :7]),
+        (square, wide[:, ::2][:, :10].T.contiguous().T, square[:, :10]),
+        (square, wide[:, 3:15], square),  # one head, rows of the reference's states farther apart
+    ):
+        found = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target)
+        exact = truth.linear_logp_kl(*(x.double() for x in (hidden, weight, ref_hidden, ref_weight)), target)
+        for a, b in zip(found, exact, strict=True):
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_at_the_borders_of_tiles_and_an_ignore_index_inside_the_vocabulary(on_backend):
+    models = inputs((7, 8, 8, 300), torch.float32)[:4]
+    target = torch.tensor([0, 127, 128, 255, 256, 299, 129])
+    exact = truth.linear_logp_kl(*(x.double() for x in models), target)
+    for ignored in (-100, 129):
+        found = linear_logp_kl(*models, target, ignore_index=ignored)
+        for a, b in zip(found, exact, strict=True):
+            b = torch.where(target == ignored, 0, b)
+            torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_broken_reference_does_not_pass_for_a_kl_of_zero(on_backend):
+    hidden, weight, ref_hidden, ref_weight, _, _, _ = inputs((3, 4, 4, 300), torch.float32)
+    target = torch.tensor([1, 2, 3])
+    ref_hidden[1] = float("nan")
+    kl = linear_logp_kl(hidden, weight, ref_hidden, ref_weight, target).kl
+    assert kl.isnan().tolist() == [False, True, False]
+    nowhere = torch.zeros(300)
+    nowhere[128:256] = -float("inf")  # a whole tile that the reference rules out
+    assert linear_logp_kl(hidden, weight, hidden, weight, target, ref_bias=nowhere).kl.eq(float("inf")).all()
 
 
 def test_autocast_casts_both_models():

@@ -1,6 +1,7 @@
 """The routed backward: which (token, vocabulary tile) pairs it visits, what it leaves out, and what it says of that."""
 
 import functools
+import itertools
 
 import pytest
 import stepkto_kernels
@@ -97,6 +98,91 @@ def test_the_bound_covers_the_gradient_of_the_entropy(filter_eps, on_backend):
     budget = filter_eps * rest * (grad.abs() + grad_entropy.abs())
     assert ((found - run(filter_eps=0)).abs().sum(-1) <= budget + FLOOR).all()
     assert calls[0].rho < 0.99
+
+
+def test_the_threshold_is_found_to_a_hundredth_of_the_budget(on_backend):
+    """Tiles of similar masses: a coarse threshold would visit many that the bound allows to leave out."""
+    filter_eps = 0.3
+    z, target = peaked(60, 16, spread=1.0)
+    found = logit_gradient(z, target, torch.ones(60), filter_eps=filter_eps)
+    mass, rest = masses(z, target)
+    home = target // VOCAB_TILE
+    mass.scatter_(1, home[:, None], float("inf"))  # never left out
+    ascending, tile = mass.sort(-1)
+    left_out = torch.zeros_like(mass, dtype=torch.bool).scatter(
+        1, tile, ascending.cumsum(-1) <= filter_eps * rest[:, None] * 0.99
+    )
+    visited = found.unflatten(1, (-1, VOCAB_TILE)).abs().sum(-1) > 0
+    assert left_out.float().mean() > 0.3
+    assert (visited & left_out).float().mean() < 0.005
+
+
+def test_what_is_reported_leaves_the_target_s_own_tile_out(on_backend):
+    """A light tile that holds the target is visited, and so is not reported as dropped."""
+    z = torch.full((1, 3 * VOCAB_TILE), -9.0)
+    z[0, :VOCAB_TILE] = 4.0
+    z[0, VOCAB_TILE] = 9.5  # the target; the rest of its tile weighs 2e-6 of what is not the target
+    with watch() as calls:
+        logit_gradient(z, torch.tensor([VOCAB_TILE]), torch.ones(1), filter_eps=1e-5)
+    mass, rest = masses(z, torch.tensor([VOCAB_TILE]))
+    assert calls[0].rho == pytest.approx(2 / 3)
+    assert calls[0].dropped_max == pytest.approx((mass[0, 2] / rest[0]).item(), rel=1e-3)
+
+
+def test_where_too_little_can_be_left_out_nothing_is(on_backend):
+    z, target = peaked(20, 4, spread=0.1)
+    z[0, 3 * VOCAB_TILE :] = -30.0  # one of 80 pairs
+    target[0] = 0
+    with watch() as calls:
+        found = logit_gradient(z, target, torch.ones(20), filter_eps=2**-9)
+    assert (calls[0].path, calls[0].rho, calls[0].dropped_max, calls[0].dropped_mean) == ("dense", 1, 0, 0)
+    assert torch.equal(found, logit_gradient(z, target, torch.ones(20), filter_eps=0))
+
+
+def test_an_entropy_bonus_alone(on_backend):
+    """Tokens whose log-probability carries no gradient, only their entropy."""
+    z, target = peaked(9, 2)
+    weights = torch.linspace(-1, 1, 9)
+    found = logit_gradient(z, target, torch.zeros(9), weights, filter_eps=0)
+    p = z.double().softmax(-1)
+    entropy = -(p * p.log()).sum(-1, keepdim=True)
+    exact = -weights.double()[:, None] * p * (p.log() + entropy)
+    torch.testing.assert_close(found, exact, rtol=1e-4, atol=1e-6)
+    assert found.abs().sum(-1)[weights != 0].min() > 0
+
+
+@pytest.mark.parametrize("tokens", [128, 200, 256])
+@pytest.mark.parametrize("rows", [1, 1000, 10**6], ids="workspace of {} rows".format)
+def test_every_tile_is_in_one_chunk_and_no_chunk_overflows(tokens, rows, on_backend):
+    from stepkto_kernels.linear_logp import triton_route
+
+    z, target = peaked(tokens, 7, seed=8)
+    device = device_of("triton")
+    results = eager.linear_logp_forward(z, torch.eye(z.shape[1]), target, None, 1.0, None, 1.0, -100, False)
+    logp, lse, tile_lse = (x.to(device) for x in results[:3])
+    for live in (torch.ones(tokens, dtype=torch.bool), torch.arange(tokens) % 3 == 0):
+        for filter_eps in (0.0, 2**-6):
+            routes = triton_route.route(live.to(device), target.to(device), logp, lse, tile_lse, None, filter_eps, rows)
+            first_tile, base = routes.first_tile.tolist(), routes.base.tolist()
+            assert first_tile[0] == 0
+            assert first_tile[-1] == 7
+            assert all(a <= b for a, b in itertools.pairwise(first_tile))
+            assert all(base[b] - base[a] <= routes.capacity for a, b in itertools.pairwise(first_tile))
+            assert all(x % BLOCK == 0 for x in base)
+            assert sorted(routes.order.tolist()) == list(range(tokens))
+            counts = (routes.rank >= 0).sum(1).tolist()
+            assert [b - a for a, b in itertools.pairwise(base)] == [-(-c // BLOCK) * BLOCK for c in counts]
+            assert routes.chunks > 1 or rows > 1
+
+
+def test_a_sum_that_overflows_fp16_is_infinite_and_not_nan(small_workspace, on_backend):
+    hidden = torch.zeros(4, 8, dtype=torch.float16, requires_grad=True)
+    weight = torch.full((1000, 8), 60_000.0, dtype=torch.float16)
+    weight[::2] = -60_000.0
+    small_workspace()
+    logp = linear_logp(hidden, weight, torch.tensor([1, 3, 5, 7]), filter_eps=0)
+    (dhidden,) = torch.autograd.grad(4 * logp.sum(), hidden)
+    assert dhidden.eq(float("inf")).all()
 
 
 def test_zero_leaves_nothing_out_and_flat_distributions_take_the_dense_path(on_backend):
@@ -359,17 +445,16 @@ def test_tokens_that_share_rare_tiles_become_neighbours(on_backend):
 
 def test_offsets_beyond_32_bits(on_backend):
     """Rows of a head 2^30 entries apart, as in a matrix of over 2^31 entries; untouched memory costs nothing."""
-    spread = torch.empty_strided((3, 4), (2**30, 1))
+    device = device_of("triton")
+    spread = torch.empty_strided((3, 4), (2**30, 1), device=device)
     weight = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
     spread.copy_(weight)
     hidden = torch.randn(2, 4, generator=torch.Generator().manual_seed(1))
-    target = torch.tensor([2, 0])
-    device = device_of("triton")
+    target = torch.tensor([2, 0], device=device)
     results = []
     for head in (spread, weight.to(device)):
-        head = head.to(device) if head is not spread or device == "cpu" else head
         h = hidden.to(device).requires_grad_()
-        logp = stepkto_kernels.linear_logp(h, head.to(device), target.to(device))
+        logp = stepkto_kernels.linear_logp(h, head, target)
         results.append((logp.detach(), *torch.autograd.grad(logp.sum(), h)))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)

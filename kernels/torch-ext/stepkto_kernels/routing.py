@@ -28,7 +28,8 @@ class Routing(NamedTuple):
 
     @property
     def dropped_max(self) -> float:
-        """Largest share of a token's non-target mass that was left out; never above filter_eps."""
+        """Largest share of a token's non-target mass that was left out; never above filter_eps. With an entropy
+        gradient a tile's mass counts |log P + H| + log(tile width) times."""
         return float(self.dropped_max_tensor)
 
     @property

@@ -14,12 +14,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
 from .eager import VOCAB_TILE
 from .triton_forward import ELEMENT, precision, rows_contiguous, scalars, tma
-from .triton_math import NO_MASS, expm1, logits, multiply, operand, rounded
+from .triton_math import NO_MASS, expm1, logits, multiply, operand, rounded, rounded_to_tf32
 from .triton_route import BLOCK, Routes, route
 
 TILE = tl.constexpr(VOCAB_TILE)
 BLOCK_J = tl.constexpr(BLOCK)
-WORKSPACE_BYTES = 2**27  # for gradients of logits; more (1 KiB a token in 16 bits) only past 131072 tokens
+WORKSPACE_BYTES = 2**27  # for gradients of logits; more, 512 bytes a token in bf16, only past 262144 tokens
 
 
 @triton.jit
@@ -30,7 +30,7 @@ def chunk_rows(base, first_tile, c):
     return t0, t1, tl.load(base + t0), tl.load(base + t1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "I", "c", "programs"])
 def list_rows(
     order,
     rank,  # (T, N)
@@ -61,7 +61,7 @@ def list_rows(
         tl.store(row_token + tail, -1, mask=tail < stop)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "c", "programs"])
 def pair_gradients(
     hidden,  # (N, D)
     weight,  # (V, D): a descriptor with TMA, else a pointer
@@ -93,6 +93,7 @@ def pair_gradients(
     HAS_SOFTCAP: tl.constexpr,
     ENTROPY: tl.constexpr,
     STORED: tl.constexpr,
+    TO_TF32: tl.constexpr,  # what the gradients are multiplied in
     PRECISION: tl.constexpr,
     TMA: tl.constexpr,
     INTERPRET: tl.constexpr,
@@ -144,11 +145,13 @@ def pair_gradients(
             dz_JV *= 1 - tanh_JV * tanh_JV
         inside_V = t * TILE + tl.arange(0, TILE) < V
         dz_JV = tl.where(is_row[:, None] & inside_V[None, :], dz_JV, 0.0)
+        if TO_TF32:
+            dz_JV = rounded_to_tf32(dz_JV)
         out = gradients + row.to(tl.int64)[:, None] * TILE + tl.arange(0, TILE)[None, :]
         tl.store(out, rounded(dz_JV, gradients.dtype.element_ty, INTERPRET))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["c", "programs"])
 def weight_gradients(
     gradients,  # (capacity, TILE)
     hidden,  # (N, D)
@@ -170,7 +173,7 @@ def weight_gradients(
     BLOCK_D: tl.constexpr,
 ):
     t0, t1, row0, _ = chunk_rows(base, first_tile, c)
-    d_blocks = tl.cdiv(D, BLOCK_D) if NEED_WEIGHT else 1
+    d_blocks = tl.maximum(tl.cdiv(D, BLOCK_D), 1) if NEED_WEIGHT else 1
     for unit in tl.range(tl.program_id(0), (t1 - t0) * d_blocks, programs):
         t, d0 = t0 + unit // d_blocks, unit % d_blocks * BLOCK_D
         v = t * TILE + tl.arange(0, TILE)
@@ -203,7 +206,7 @@ def weight_gradients(
                 tl.store(dbias + v, rounded(acc_V, dbias.dtype.element_ty, INTERPRET), mask=v < V)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "I", "c"])
 def hidden_gradients(
     gradients,  # (capacity, TILE)
     weight,  # (V, D): a descriptor with TMA, else a pointer
@@ -264,7 +267,8 @@ def hidden_gradients(
         rounded_JD = rounded(acc_JD, dhidden.dtype.element_ty, INTERPRET)
         tl.store(dhidden + at, rounded_JD, mask=mask)
         if REMAINDER:
-            left_JD = acc_JD - rounded_JD.to(tl.float32)
+            nearest_JD = rounded_JD.to(tl.float32)
+            left_JD = tl.where(tl.abs(nearest_JD) < float("inf"), acc_JD - nearest_JD, 0.0)  # inf - inf is NaN
             tl.store(remainder + at, rounded(left_JD, remainder.dtype.element_ty, INTERPRET), mask=mask)
 
 
@@ -291,11 +295,14 @@ def config(chip: int, dtype: torch.dtype) -> Config:
         return Config(16, 8, 2, 16, 32, 8, 2, 16, 64, 64, 8, 2)
     pair_stages = 2 if little_shared else 4
     if dtype == torch.float16:  # gradients in fp32
-        return Config(64, 8, pair_stages, 32, 64, 8, 2, 32, 64, 64, 8, 2)
+        return Config(64, 8, pair_stages, 32, 64, 8, 2, 32, 128, 128, 8, 2)
     if little_shared:
         return Config(64, 8, pair_stages, 32, 128, 8, 2, 32, 128, 128, 8, 2)
-    wide = 256 if chip == 90 else 128
-    return Config(64, 8, pair_stages, 64, wide, 8, 3, 64, wide, 128, 8, 3)
+    # The addresses of gathered rows are loaded themselves: of 5 and 7 stages, three are left for the rows.
+    if chip in (90, 100):
+        wide = 256 if chip == 90 else 128
+        return Config(64, 8, pair_stages, 64, wide, 8, 5, 64, wide, 128, 8, 7)
+    return Config(64, 8, pair_stages, 64, 128, 8, 3, 64, 128, 128, 8, 3)
 
 
 def workspace_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -390,7 +397,7 @@ def _visit(
             p.grad_logp if p.grad_entropy is None else p.grad_entropy, routes.base, routes.first_tile, row_token,
             block_tile, gradients, tokens, vocabulary, size, p.hidden.stride(0), p.weight.stride(0), *scalars, n,
             programs, HAS_BIAS=p.bias is not None, HAS_SOFTCAP=has_softcap, ENTROPY=p.entropy is not None,
-            STORED=p.tile_probs.numel() > 0,
+            STORED=p.tile_probs.numel() > 0, TO_TF32=gradient_precision(dtype) == "tf32",
             PRECISION=precision(dtype), TMA=use_tma, INTERPRET=interpret, BLOCK_J=BLOCK, BLOCK_D=c.pair_d,
             num_warps=c.pair_warps, num_stages=c.pair_stages,
         )  # fmt: skip
@@ -499,7 +506,7 @@ def compilations(chip: int) -> list[Compilation]:
                     "ENTROPY": extras or stored,
                     "STORED": stored,
                 }
-                flags["PRECISION"] = "ieee"
+                flags |= {"PRECISION": "ieee", "TO_TF32": tf32 == "tf32"}
                 shapes = {"TMA": use_tma, "BLOCK_J": BLOCK, "BLOCK_D": c.pair_d}
                 box = {"weight": f"tensordesc<{element}[{VOCAB_TILE}, {c.pair_d}]>"} if use_tma else {}
                 shipped.append(

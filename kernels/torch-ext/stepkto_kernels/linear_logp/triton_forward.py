@@ -16,7 +16,7 @@ from .triton_math import NO_MASS, grouped, log_sum_exp, logits, multiply, operan
 TILE = tl.constexpr(VOCAB_TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "programs"])  # they change from call to call
 def linear_logp_tiles(
     hidden,  # (N, D): a descriptor with TMA, else a pointer
     weight,  # (V, D)
@@ -92,7 +92,7 @@ def linear_logp_tiles(
                 tl.store(tile_entropy + out_NT, tl.where(s_NT > 0, h_NT, 0.0), mask=mask_NT)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def linear_logp_rows(
     tile_lse,  # (T, N)
     tile_entropy,  # (T, N), with ENTROPY
@@ -154,7 +154,10 @@ def config(chip: int, dtype: torch.dtype, long_epilogue: bool, store_entropy: bo
 
 
 def precision(dtype: torch.dtype) -> str:
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    matmul = torch.backends.cuda.matmul
+    # newer versions of torch refuse to say allow_tf32 once fp32_precision has been set
+    allows_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+    return "tf32" if dtype == torch.float32 and allows_tf32 else "ieee"
 
 
 def tma(chip: int, *matrices: Tensor) -> bool:

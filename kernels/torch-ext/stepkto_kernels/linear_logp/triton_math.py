@@ -25,6 +25,13 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 
 @triton.jit
+def rounded_to_tf32(x):
+    """fp32 to nearest with 11 bits, what a tf32 product would otherwise cut off, always towards 0."""
+    bits = x.to(tl.int32, bitcast=True)
+    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def tanh(x):
     """Relative error below 1e-6, also near 0, where 1 - 2 / (exp(2x) + 1) would cancel."""
     e = tl.exp(-2 * tl.abs(x))

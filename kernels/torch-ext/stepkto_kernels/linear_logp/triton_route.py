@@ -33,12 +33,13 @@ def score(log_mass, entropy, ENTROPY: tl.constexpr):
         return log_mass
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def route_rows(
     tile_lse,  # (T, N)
     lse,
     entropy,
     logp,
+    home,  # (N,) the tile of the target, which is never left out; -1 for tokens that visit nothing
     threshold,  # (N,) out: tiles that score less are left out
     kept,  # (N,) out: how many are not
     dropped,  # (N,) out: what the others weigh, as a share of 1 - p_target
@@ -58,7 +59,10 @@ def route_rows(
     mask_TN = (t < T)[:, None] & (n < N)[None, :]
     log_mass_TN = tl.load(tile_lse + t.to(tl.int64)[:, None] * N + n[None, :], mask=mask_TN, other=NO_MASS)
     log_mass_TN -= lse_N[None, :]
-    score_TN = tl.where(log_mass_TN == NO_MASS, NO_MASS, score(log_mass_TN, entropy_N[None, :], ENTROPY))
+    home_N = tl.load(home + n, mask=n < N, other=-1)
+    is_home_TN = home_N[None, :] == t[:, None]
+    none_TN = is_home_TN | (log_mass_TN == NO_MASS)
+    score_TN = tl.where(none_TN, NO_MASS, score(log_mass_TN, entropy_N[None, :], ENTROPY))
     weight_TN = tl.exp(score_TN)
     rest_N = -expm1(tl.load(logp + n, mask=n < N, other=0.0))
     budget_N = filter_eps * rest_N
@@ -73,7 +77,7 @@ def route_rows(
     low_N = tl.where(budget_N > 0, low_N, float("inf"))
     left_out_TN = score_TN < low_N[None, :]
     tl.store(threshold + n, low_N, mask=n < N)
-    tl.store(kept + n, tl.sum((mask_TN & (left_out_TN == 0)).to(tl.int32), 0), mask=n < N)
+    tl.store(kept + n, tl.sum((mask_TN & (is_home_TN | (left_out_TN == 0))).to(tl.int32), 0), mask=n < N)
     share_N = tl.sum(tl.where(left_out_TN, weight_TN, 0.0), 0) / tl.where(rest_N > 0, rest_N, 1.0)
     tl.store(dropped + n, share_N, mask=n < N)
 
@@ -81,10 +85,11 @@ def route_rows(
 @triton.jit
 def keeps(log_mass, entropy, threshold, home, t, ENTROPY: tl.constexpr):
     """Whether a token visits tile t: it weighs enough, or is that of the target. Never, where home is -1."""
-    return (home >= 0) & ((score(log_mass, entropy, ENTROPY) >= threshold) | (home == t))
+    enough = (score(log_mass, entropy, ENTROPY) < threshold) == 0  # a NaN is visited
+    return (home >= 0) & (enough | (home == t))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def tile_popularity(
     tile_lse,  # (T, N)
     lse,
@@ -109,7 +114,7 @@ def tile_popularity(
     tl.store(popularity + t, tl.sum(count_N, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])
 def rarest_tiles(
     tile_lse,  # (T, N)
     lse,
@@ -141,7 +146,7 @@ def rarest_tiles(
     tl.store(key + n, first_N * (T + 1) + second_N, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "I"])
 def route_pairs(
     tile_lse,  # (T, N)
     lse,
@@ -156,7 +161,7 @@ def route_pairs(
     ENTROPY: tl.constexpr,
     BLOCK_J: tl.constexpr,
 ):
-    t, i = tl.program_id(0), tl.program_id(1)
+    i, t = tl.program_id(0), tl.program_id(1)
     j = i * BLOCK_J + tl.arange(0, BLOCK_J)
     n = tl.load(order + j, mask=j < N, other=0)
     log_mass_J = tl.load(tile_lse + tl.cast(t, tl.int64) * N + n) - tl.load(lse + n)
@@ -198,21 +203,21 @@ def route(
     tiles, tokens = tile_lse_TN.shape
     blocks, device = triton.cdiv(tokens, BLOCK), tile_lse_TN.device
     block_t = triton.next_power_of_2(tiles)
-    block_n = max(1, min(32, 8192 // block_t))
+    block_n = rows_of_block(block_t)
     row_grid, has_entropy = (triton.cdiv(tokens, block_n),), entropy_N is not None
     per_token = lse_N, lse_N if entropy_N is None else entropy_N
+    home_N = torch.where(live_N, target_N // VOCAB_TILE, -1).to(torch.int32)
     threshold_N = torch.full_like(lse_N, -torch.inf)
     dropped_N, kept_N = torch.zeros_like(lse_N), torch.full_like(live_N, tiles, dtype=torch.int32)
     if filter_eps > 0:
         route_rows[row_grid](
-            tile_lse_TN, *per_token, logp_N, threshold_N, kept_N, dropped_N, tokens, tiles, filter_eps,
-            math.log(tiles), ENTROPY=has_entropy, BLOCK_N=block_n, BLOCK_T=block_t, num_warps=8,
+            tile_lse_TN, *per_token, logp_N, home_N, threshold_N, kept_N, dropped_N, tokens, tiles, filter_eps,
+            math.log(tiles), ENTROPY=has_entropy, BLOCK_N=block_n, BLOCK_T=block_t, num_warps=4,
         )  # fmt: skip
     live_count = live_N.sum()
     all_pairs = (live_count * tiles).clamp(min=1)
     dense = torch.where(live_N, kept_N, 0).sum() / all_pairs > DENSE_RHO
     threshold_N = torch.where(dense, -torch.inf, threshold_N)
-    home_N = torch.where(live_N, target_N // VOCAB_TILE, -1).to(torch.int32)
     pairs = tile_lse_TN, *per_token, threshold_N, home_N
 
     # Tokens that share a rare tile share most others: sorted so, a block of 128 visits about twice the tiles that one
@@ -221,13 +226,13 @@ def route(
     tile_popularity[(tiles,)](*pairs, popularity_T, tokens, ENTROPY=has_entropy, BLOCK_N=1024)
     place_T = popularity_T.argsort(stable=True).argsort().to(torch.int32)
     rarest_tiles[row_grid](
-        *pairs, place_T, key_N, tokens, tiles, ENTROPY=has_entropy, BLOCK_N=block_n, BLOCK_T=block_t, num_warps=8
+        *pairs, place_T, key_N, tokens, tiles, ENTROPY=has_entropy, BLOCK_N=block_n, BLOCK_T=block_t, num_warps=4
     )
     order_N = key_N.argsort(stable=True).to(torch.int32)
 
     rank_TN = torch.empty(tiles, tokens, dtype=torch.int8, device=device)
     counts_TI = torch.empty(tiles, blocks, dtype=torch.int32, device=device)
-    route_pairs[(tiles, blocks)](
+    route_pairs[(blocks, tiles)](
         *pairs, order_N, rank_TN, counts_TI, tokens, blocks, ENTROPY=has_entropy, BLOCK_J=BLOCK
     )
     rows_T = (counts_TI.sum(1) + BLOCK - 1) // BLOCK * BLOCK
@@ -256,6 +261,11 @@ def route(
     )
 
 
+def rows_of_block(block_t: int) -> int:
+    """Tokens a program routes at once: their tile masses stay in registers."""
+    return max(1, min(32, 4096 // block_t))
+
+
 def chunk(tiles: int, padded_tokens: int, workspace_rows: int) -> tuple[int, int]:
     """(capacity in rows, number of chunks) such that a tile with every token still fits behind where any begins."""
     everything = tiles * padded_tokens
@@ -272,12 +282,12 @@ def compilations(chip: int) -> list[Compilation]:
         sizes = dict.fromkeys(("N", "T", "I"), "i32")
         for block_t in (256, 2048):  # vocabularies of up to 32768 and 262144
             label = f"{block_t} tiles{' entropy' * entropy}"
-            blocks = {"ENTROPY": entropy, "BLOCK_N": min(32, 8192 // block_t), "BLOCK_T": block_t}
+            blocks = {"ENTROPY": entropy, "BLOCK_N": rows_of_block(block_t), "BLOCK_T": block_t}
             outputs = {**dict.fromkeys(("logp", "dropped", "filter_eps", "log_tiles"), "*fp32"), "kept": "*i32"}
             outputs |= dict.fromkeys(("filter_eps", "log_tiles"), "fp32")
-            shipped.append(Compilation(route_rows, pairs | sizes | outputs, blocks, 8, 3, False, label))
+            shipped.append(Compilation(route_rows, pairs | sizes | outputs, blocks, 4, 3, False, label))
             outputs = dict.fromkeys(("place", "key"), "*i32")
-            shipped.append(Compilation(rarest_tiles, pairs | sizes | outputs, blocks, 8, 3, False, label))
+            shipped.append(Compilation(rarest_tiles, pairs | sizes | outputs, blocks, 4, 3, False, label))
         label = "entropy" * entropy
         outputs = {**dict.fromkeys(("order", "counts", "popularity"), "*i32"), "rank": "*i8"}
         blocks = {"ENTROPY": entropy, "BLOCK_N": 1024}

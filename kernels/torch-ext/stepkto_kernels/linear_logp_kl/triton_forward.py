@@ -22,7 +22,7 @@ def row_log_sum_exp(z_NV):
     return m_N + tl.log(tl.sum(tl.exp(z_NV - m_N[:, None]), 1))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index", "programs"])
 def linear_logp_kl_tiles(
     hidden,  # (N, D): descriptors with TMA, else pointers
     weight,  # (V, D)
@@ -98,7 +98,8 @@ def linear_logp_kl_tiles(
                 z_NV = tl.where(is_target_NV, NO_MASS, z_NV)
             y_NV = tl.where(z_NV == NO_MASS, NO_MASS, y_NV)
             lse_N, ref_lse_N = row_log_sum_exp(z_NV), row_log_sum_exp(y_NV)
-            term_NV = tl.exp(z_NV - lse_N[:, None]) * ((z_NV - y_NV) - (lse_N - ref_lse_N)[:, None])
+            finite_N = tl.where(ref_lse_N == NO_MASS, 0.0, ref_lse_N)  # a reference without mass here: KL is infinite
+            term_NV = tl.exp(z_NV - lse_N[:, None]) * ((z_NV - y_NV) - (lse_N - finite_N)[:, None])
             kl_N = tl.sum(tl.where(z_NV == NO_MASS, 0.0, term_NV), 1)
             out = tl.cast(j, tl.int64) * N + n
             tl.store(tile_lse + out, lse_N, mask=n < N)
@@ -106,7 +107,7 @@ def linear_logp_kl_tiles(
             tl.store(tile_kl + out, kl_N, mask=n < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N", "ignore_index"])
 def linear_logp_kl_rows(
     tile_lse,  # (T, N)
     ref_tile_lse,
@@ -140,11 +141,11 @@ def linear_logp_kl_rows(
         ref_log_mass_TN = tl.load(ref_tile_lse + at_TN, mask=mask_TN, other=NO_MASS) - ref_lse_N[None, :]
         mass_TN = tl.exp(log_mass_TN)
         term_TN = tl.load(tile_kl + at_TN, mask=mask_TN, other=0.0) + log_mass_TN - ref_log_mass_TN
-        kl_N += tl.sum(tl.where(mass_TN > 0, mass_TN * term_TN, 0.0), 0)
+        kl_N += tl.sum(tl.where(mass_TN == 0, 0.0, mass_TN * term_TN), 0)  # NaN stays NaN
     tl.store(lse + n, tl.where(kept_N, lse_N, 0.0), mask=n < N)
     tl.store(logp + n, tl.where(kept_N, logp_N, 0.0), mask=n < N)
     tl.store(ref_logp + n, tl.where(kept_N, ref_logp_N, 0.0), mask=n < N)
-    tl.store(kl + n, tl.where(kept_N, tl.maximum(kl_N, 0.0), 0.0), mask=n < N)
+    tl.store(kl + n, tl.where(kept_N, tl.where(kl_N < 0, 0.0, kl_N), 0.0), mask=n < N)
 
 
 def config(chip: int, dtype: torch.dtype) -> Config:
@@ -173,6 +174,9 @@ def linear_logp_kl_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     (tokens, size), vocabulary = hidden_ND.shape, len(weight_VD)
     tiles, same_weight = vocab_tiles(vocabulary), same_matrix(weight_VD, ref_weight_VE)
+    if ref_hidden_NE.dtype == torch.float64:  # computed in the policy's precision
+        ref_hidden_NE, ref_weight_VE = ref_hidden_NE.float(), ref_weight_VE.float()
+        ref_bias_V = None if ref_bias_V is None else ref_bias_V.float()
     hidden_ND, weight_VD, ref_hidden_NE, ref_weight_VE = map(
         rows_contiguous, (hidden_ND, weight_VD, ref_hidden_NE, ref_weight_VE)
     )
