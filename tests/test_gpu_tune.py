@@ -60,7 +60,8 @@ def test_candidates_are_compiled_without_a_gpu(tmp_path):
     before, shipped, second = json.loads(path.read_text())["candidates"]
     assert before == other
     assert tuple(shipped["values"]) == gpu_tune_candidates.candidates("weight", 90)[0]
-    assert tuple(second["values"]) == KERNELS["weight"].candidates[0]
+    others = [each for each in KERNELS["weight"].candidates if each != tuple(shipped["values"])]
+    assert tuple(second["values"]) == others[0]
     assert shipped["wrong"] == "" and 100 < shipped["regs"] < 256 and shipped["spills"] == 0 and shipped["kib"] > 50  # noqa: PT018
     assert run.stdout.count(" KiB") == 2
 
