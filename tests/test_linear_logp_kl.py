@@ -116,6 +116,15 @@ def test_no_uninitialised_memory_is_read(on_backend):
     assert all(torch.isfinite(x).all() for x in (*result, *gradients))
 
 
+def test_rounding_never_makes_a_kl_negative(on_backend):
+    """A reference one rounding away: the true KL is about 1e-14, below what fp32 can tell from 0."""
+    hidden, weight, _, _, target, _, _ = inputs((60, 16, 16, 300), torch.float32)
+    kl = linear_logp_kl(hidden, weight, hidden * (1 + 2**-22), weight, target).kl
+    assert (kl >= 0).all()
+    assert (kl == 0).any()  # else nothing was clamped, and this test shows nothing
+    assert kl.max() < 1e-5
+
+
 def test_a_policy_far_from_its_reference_has_a_finite_kl(on_backend):
     hidden, weight = torch.full((2, 1), 300.0), torch.tensor([[1.0], [-1.0], [0.0]])
     kl = linear_logp_kl(hidden, weight, -hidden, weight, torch.tensor([0, 1])).kl
