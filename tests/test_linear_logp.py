@@ -121,10 +121,16 @@ UNIT = {torch.float32: 0, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-10}
 
 
 def rounding_of_summands(operands, target, cotangents, head, dtype):
-    """The most that rounding each dL/dz can move (dhidden, dweight, dbias)."""
-    dz = UNIT[dtype] * logit_gradients(operands, target, cotangents, head).abs()
-    hidden, weight = (x.double().abs() for x in operands[:2])
-    return dz @ weight, dz.T @ hidden, dz.sum(0)
+    """The most that rounding each dL/dz can move (dhidden, dweight, dbias).
+
+    A probability that was kept in 16 bits also moves log p, by one rounding, and with it an entropy's gradient.
+    """
+    hidden, weight, *bias = (x.double() for x in operands)
+    p = truth.logits(hidden, weight, *bias, **head).softmax(-1)
+    slope = abs(head.get("logit_scale", 1)) / head.get("temperature", 1)
+    dz = logit_gradients(operands, target, cotangents, head).abs()
+    dz = UNIT[dtype] * (dz + slope * (target != -100)[:, None] * cotangents[1].double().abs()[:, None] * p)
+    return dz @ weight.abs(), dz.T @ hidden.abs(), dz.sum(0)
 
 
 @pytest.mark.parametrize(("name", "tiles", "shape", "head_name"), cases(), indirect=["tiles"])
