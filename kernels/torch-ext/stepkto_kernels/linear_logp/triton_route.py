@@ -17,7 +17,6 @@ from ..triton_backend import Compilation
 from .eager import VOCAB_TILE
 from .triton_math import NO_MASS, expm1
 
-TILE = tl.constexpr(VOCAB_TILE)
 BLOCK = 128  # tokens
 DENSE_RHO = 0.9  # above this share of pairs, leaving out the rest saves less than its error is worth
 HALVINGS = tl.constexpr(12)  # of an interval log(T) wide: the threshold is found to 0.002 nats

@@ -44,13 +44,12 @@ def reference_points_forward(
     sum_P = values_N.new_empty(P, dtype=torch.float64)
     outcome_sum, outcome_count, step_sum, step_count = (values_N.new_empty((), dtype=torch.float32) for _ in range(4))
     options = {"num_warps": WARPS, "num_stages": 1}
-    with torch.cuda.device_of(values_N):
-        if P:
-            block_sums[(P,)](values_N, sum_P, N, BLOCK=block, **options)
-        points[(1,)](
-            outcome_sum, outcome_count, step_sum, step_count, sum_P, P, len(cu_seqlens) - 1, len(cu_steps) - 1,
-            WIDTH=width, **options,
-        )  # fmt: skip
+    if P:
+        block_sums[(P,)](values_N, sum_P, N, BLOCK=block, **options)
+    points[(1,)](
+        outcome_sum, outcome_count, step_sum, step_count, sum_P, P, len(cu_seqlens) - 1, len(cu_steps) - 1,
+        WIDTH=width, **options,
+    )  # fmt: skip
     return outcome_sum, outcome_count, step_sum, step_count
 
 

@@ -239,30 +239,29 @@ def step_kto_forward(
     has_completions = num_completions is not None
     count = num_completions if has_completions else outcome_P
     options = {"num_warps": WARPS, "num_stages": 1}
-    with torch.cuda.device_of(logp_N):
-        if P:
-            step_kto_sums[(P,)](
-                logp_N, ref_logp_N, cu_seqlens, cu_steps, step_labels_S, first_step, first_seq, sum_S, seq_S,
-                head_sum_S, sum_B, labelled_B, head_sum_B, head_labelled_B, supervised, N, S, B,
-                rounds(max(S, B), shape["FAN"]), MASK=after_first_error == "mask", COUNT=num_supervised is None,
-                BLOCK=shape["BLOCK"], CHUNK=shape["CHUNK"], FAN=shape["FAN"], **options,
-            )  # fmt: skip
-            if num_supervised is not None:
-                supervised = num_supervised
-            elif P > COUNTS_READ_BY_ALL:
-                supervised = supervised.sum()
-            step_kto_values[(P,)](
-                coefficient_N, r_S, r_B, outcome_P, step_P, cu_seqlens, cu_steps, labels_B, step_labels_S,
-                first_step, first_seq, sum_S, seq_S, head_sum_S, sum_B, labelled_B, head_sum_B, head_labelled_B,
-                supervised, count, kl, step_kl, N, S, B, P, supervised.numel(), beta, step_beta, desirable_weight,
-                undesirable_weight, step_desirable_weight, step_undesirable_weight, outcome_weight, step_weight,
-                GLOBAL=has_completions, MEAN=step_reduction == "mean", BLOCK=shape["BLOCK"], CHUNK=shape["CHUNK"],
-                WIDTH=shape["WIDTH"], **options,
-            )  # fmt: skip
-        step_kto_loss[(1,)](
-            loss, outcome_loss, step_loss, outcome_P, step_P, count, B, P, outcome_weight, step_weight,
-            GLOBAL=has_completions, WIDTH=shape["WIDTH"], **options,
+    if P:
+        step_kto_sums[(P,)](
+            logp_N, ref_logp_N, cu_seqlens, cu_steps, step_labels_S, first_step, first_seq, sum_S, seq_S,
+            head_sum_S, sum_B, labelled_B, head_sum_B, head_labelled_B, supervised, N, S, B,
+            rounds(max(S, B), shape["FAN"]), MASK=after_first_error == "mask", COUNT=num_supervised is None,
+            BLOCK=shape["BLOCK"], CHUNK=shape["CHUNK"], FAN=shape["FAN"], **options,
         )  # fmt: skip
+        if num_supervised is not None:
+            supervised = num_supervised
+        elif P > COUNTS_READ_BY_ALL:
+            supervised = supervised.sum()
+        step_kto_values[(P,)](
+            coefficient_N, r_S, r_B, outcome_P, step_P, cu_seqlens, cu_steps, labels_B, step_labels_S,
+            first_step, first_seq, sum_S, seq_S, head_sum_S, sum_B, labelled_B, head_sum_B, head_labelled_B,
+            supervised, count, kl, step_kl, N, S, B, P, supervised.numel(), beta, step_beta, desirable_weight,
+            undesirable_weight, step_desirable_weight, step_undesirable_weight, outcome_weight, step_weight,
+            GLOBAL=has_completions, MEAN=step_reduction == "mean", BLOCK=shape["BLOCK"], CHUNK=shape["CHUNK"],
+            WIDTH=shape["WIDTH"], **options,
+        )  # fmt: skip
+    step_kto_loss[(1,)](
+        loss, outcome_loss, step_loss, outcome_P, step_P, count, B, P, outcome_weight, step_weight,
+        GLOBAL=has_completions, WIDTH=shape["WIDTH"], **options,
+    )  # fmt: skip
     return loss, outcome_loss, step_loss, r_B, r_S, coefficient_N
 
 
