@@ -83,13 +83,11 @@ def why_not(op: str, name: str) -> str | None:
     return triton_backend.missing() if name == "triton" else None
 
 
-def _refuses(name: str, tensor: torch.Tensor) -> str | None:
-    """Why backend `name`, which can run here, cannot take tensors like `tensor`; or None."""
+def _refuses(op: str, name: str, tensor: torch.Tensor) -> str | None:
+    """Why backend `name`, which can run `op` here, cannot take tensors like `tensor`; or None."""
     if name == "triton":
         return triton_backend.refuses(tensor)
-    if name == "native" and tensor.device.type != "cpu":
-        return f"it runs on CPU tensors and this call's are on {tensor.device.type}"
-    return None
+    return native.refuses(op, tensor) if name == "native" else None
 
 
 def choose(op: str, tensor: torch.Tensor, name: str = "") -> Kernel:
@@ -97,8 +95,8 @@ def choose(op: str, tensor: torch.Tensor, name: str = "") -> Kernel:
     name = name or requested()
     if name == AUTO:
         order = FASTEST_FIRST.get(tensor.device.type, ("reference",))
-        return next(_KERNELS[op][each] for each in order if not (why_not(op, each) or _refuses(each, tensor)))
-    reason = why_not(op, name) or _refuses(name, tensor)
+        return next(_KERNELS[op][each] for each in order if not (why_not(op, each) or _refuses(op, each, tensor)))
+    reason = why_not(op, name) or _refuses(op, name, tensor)
     if reason is not None:
         raise RuntimeError(f"backend {name!r} lacks {op}: {reason}")
     return _KERNELS[op][name]

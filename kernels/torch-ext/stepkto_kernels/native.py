@@ -3,8 +3,11 @@
 import functools
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
+
+from ._ops import NATIVE_NAMESPACE
 
 LIBRARY = Path(__file__).with_name("libstepkto_native.so")
 REBUILD = "pip install --no-build-isolation --no-deps -e . (or: python setup.py build_ext --inplace)"
@@ -32,4 +35,18 @@ def missing() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:  # built against another torch, or for another machine
         return f"{LIBRARY.name} does not load under torch {torch.__version__} ({error}); rebuild it: {REBUILD}"
+    return None
+
+
+def functions() -> Any:
+    """The library's functions, by the names of the ops."""
+    return getattr(torch.ops, NATIVE_NAMESPACE)
+
+
+def refuses(op: str, tensor: torch.Tensor) -> str | None:
+    """Why `op`, which this library has, cannot take tensors like `tensor`; or None."""
+    if tensor.device.type != "cpu":
+        return f"it runs on CPU tensors and this call's are on {tensor.device.type}"
+    if tensor.dtype == torch.float64 and op.startswith("linear_"):
+        return "its products are in fp32 and this call's tensors are float64; use 'reference'"
     return None

@@ -7,12 +7,13 @@ from torch import Tensor
 
 from .. import backends, checks, triton_backend
 from .._ops import op
-from . import eager
+from . import eager, native
 
-backends.register("linear_logp", "reference", eager.linear_logp_forward, eager.linear_logp_backward)
-backends.register(
-    "linear_logp_entropy", "reference", eager.linear_logp_entropy_forward, eager.linear_logp_entropy_backward
-)
+for _backend, _module in (("reference", eager), ("native", native)):
+    backends.register("linear_logp", _backend, _module.linear_logp_forward, _module.linear_logp_backward)
+    backends.register(
+        "linear_logp_entropy", _backend, _module.linear_logp_entropy_forward, _module.linear_logp_entropy_backward
+    )
 
 for _name in ("linear_logp", "linear_logp_entropy"):
     backends.register(

@@ -15,9 +15,10 @@ from ..linear_logp.op import (
     reads_data,
     requested_for_backward,
 )
-from . import eager
+from . import eager, native
 
 backends.register("linear_logp_kl", "reference", eager.linear_logp_kl_forward)
+backends.register("linear_logp_kl", "native", native.linear_logp_kl_forward)
 backends.register(
     "linear_logp_kl", "triton", triton_backend.later("linear_logp_kl.triton_forward", "linear_logp_kl_forward")
 )

@@ -7,9 +7,10 @@ from torch import Tensor
 
 from .. import backends, checks, triton_backend
 from .._ops import op
-from . import eager
+from . import eager, native
 
 backends.register("reference_points", "reference", eager.reference_points_forward)
+backends.register("reference_points", "native", native.reference_points_forward)
 backends.register(
     "reference_points", "triton", triton_backend.later("reference_points.triton_forward", "reference_points_forward")
 )

@@ -2,8 +2,8 @@
 
 import torch
 
-from .._ops import NATIVE_NAMESPACE
+from ..native import functions
 
 
 def step_kto_forward(*arguments) -> tuple[torch.Tensor, ...]:
-    return getattr(torch.ops, NATIVE_NAMESPACE).step_kto(*arguments)
+    return functions().step_kto(*arguments)

@@ -1,0 +1,135 @@
+// The forward of linear_logp and linear_logp_entropy on the CPU: see torch-ext/stepkto_kernels/linear_logp/README.md.
+//
+// Logits exist a block at a time, (128 entries of the vocabulary, up to 256 tokens) in fp32, in a core's cache: a product
+// writes it, its epilogue leaves one log-sum-exp per token. The tokens' hidden states are packed once per block and are
+// the right operand; the tile of W is the left one and is read where it lies.
+
+#include "linear_logp.h"
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <limits>
+#include <tuple>
+
+namespace stepkto {
+
+std::vector<int32_t> scored_tokens(const at::Tensor& target, int64_t ignore_index) {
+  const int64_t* id = target.const_data_ptr<int64_t>();
+  std::vector<int32_t> tokens;
+  tokens.reserve(target.numel());
+  for (int64_t n = 0; n < target.numel(); ++n) {
+    if (id[n] != ignore_index) tokens.push_back(static_cast<int32_t>(n));
+  }
+  return tokens;
+}
+
+void PackedBlock::pack(const Matrix& matrix, const std::vector<int32_t>& rows, int64_t from, int64_t many) {
+  first = from;
+  count = many;
+  columns = padded(many, LANES);
+  hidden.resize(columns * matrix.depth * matrix.arithmetic.product_size);
+  matrix.arithmetic.pack->pack_columns(matrix.row(0), matrix.stride, rows.data() + from, many, columns, matrix.D,
+                                       hidden.data());
+}
+
+void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias, Head head,
+                 std::vector<char>& copy, float* z) {
+  const int64_t first = tile * TILE, rows = std::min(TILE, weight.rows - first);
+  int64_t stride;
+  const void* w = weight.left(first, rows, copy, stride);
+  weight.arithmetic.multiply(rows, block.columns, weight.depth, w, stride, block.hidden.data(), block.columns, z,
+                             block.columns, false);
+  if (bias.empty() && !head.capped && head.slope == 1.0f) return;
+  tile_kernels().logits(z, rows, block.columns, bias.empty() ? nullptr : bias.data() + first, head);
+}
+
+void set_targets_apart(float* z, int64_t tile, int64_t rows, const PackedBlock& block,
+                       const std::vector<int32_t>& tokens, const int64_t* target, float* target_logit) {
+  for (int64_t j = 0; j < block.count; ++j) {
+    const int64_t token = tokens[block.first + j], v = target[token] - tile * TILE;
+    if (v < 0 || v >= rows) continue;
+    target_logit[token] = z[v * block.columns + j];
+    z[v * block.columns + j] = -std::numeric_limits<float>::infinity();
+  }
+}
+
+void scatter(const float* x, const PackedBlock& block, const std::vector<int32_t>& tokens, float* row) {
+  for (int64_t j = 0; j < block.count; ++j) row[tokens[block.first + j]] = x[j];
+}
+
+int64_t ranges_of_tiles(int64_t blocks, int64_t tiles) {
+  const int64_t units = 4 * at::get_num_threads();
+  return std::clamp<int64_t>((units + blocks - 1) / std::max<int64_t>(blocks, 1), 1, tiles);
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
+    double logit_scale, const std::optional<double> softcap, double temperature, int64_t ignore_index,
+    bool with_entropy) {
+  const Matrix h(hidden), w(weight);
+  const at::Tensor ids = target.contiguous();
+  const Head head = head_of(logit_scale, softcap, temperature);
+  const std::vector<float> b = as_floats(bias);
+  const TileKernels& tiles = tile_kernels();
+  const int64_t N = h.rows, T = (w.rows + TILE - 1) / TILE;
+  const auto floats = at::TensorOptions(at::kFloat);
+  const at::Tensor logp = at::zeros({N}, floats), lse = at::zeros({N}, floats);
+  const at::Tensor tile_lse = at::empty({T, N}, floats), target_logit = at::zeros({N}, floats);
+  const at::Tensor entropy = at::zeros({with_entropy ? N : 0}, floats);
+  const at::Tensor tile_entropy = at::empty({with_entropy ? T : 0, N}, floats);
+  const std::vector<int32_t> tokens = scored_tokens(ids, ignore_index);
+
+  const int64_t size = tokens_of_block(h.depth * h.arithmetic.product_size);
+  const int64_t blocks = (static_cast<int64_t>(tokens.size()) + size - 1) / size;
+  const int64_t ranges = ranges_of_tiles(blocks, T);
+  struct Scratch {
+    PackedBlock block;
+    std::vector<char> copy;
+    std::vector<float> z = std::vector<float>(TILE * BLOCK);
+    float lse[BLOCK], entropy[BLOCK];
+  };
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  float* out = tile_lse.mutable_data_ptr<float>();
+  float* out_entropy = tile_entropy.mutable_data_ptr<float>();
+  float* z_target = target_logit.mutable_data_ptr<float>();
+  for_each_unit<Scratch>(blocks * ranges, [&](int64_t unit, Scratch& s) {
+    const int64_t first = unit / ranges * size, range = unit % ranges;
+    s.block.pack(h, tokens, first, std::min<int64_t>(size, static_cast<int64_t>(tokens.size()) - first));
+    for (int64_t t = T * range / ranges; t < T * (range + 1) / ranges; ++t) {
+      const int64_t rows = std::min(TILE, w.rows - t * TILE);
+      tile_logits(w, t, s.block, b, head, s.copy, s.z.data());
+      set_targets_apart(s.z.data(), t, rows, s.block, tokens, id, z_target);
+      tiles.log_sum_exp(s.z.data(), rows, s.block.columns, s.lse, with_entropy ? s.entropy : nullptr);
+      scatter(s.lse, s.block, tokens, out + t * N);
+      if (with_entropy) scatter(s.entropy, s.block, tokens, out_entropy + t * N);
+    }
+  });
+
+  float* logp_N = logp.mutable_data_ptr<float>();
+  float* lse_N = lse.mutable_data_ptr<float>();
+  float* entropy_N = entropy.mutable_data_ptr<float>();
+  at::parallel_for(0, (N + LANES - 1) / LANES, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n0 = begin * LANES; n0 < std::min(end * LANES, N); n0 += LANES) {
+      const int64_t some = std::min(LANES, N - n0);
+      float max[LANES], sum[LANES], of_tiles[LANES];
+      tiles.reduce_tiles(out + n0, T, N, some, max, sum);
+      for (int64_t k = 0; k < some; ++k) {
+        if (id[n0 + k] == ignore_index) continue;
+        const Outcome o = outcome(z_target[n0 + k], max[k], sum[k]);
+        lse_N[n0 + k] = static_cast<float>(o.lse);
+        logp_N[n0 + k] = static_cast<float>(o.logp);
+      }
+      if (!with_entropy) continue;
+      tiles.mean_over_tiles(out + n0, nullptr, out_entropy + n0, T, N, some, lse_N + n0, nullptr, of_tiles);
+      for (int64_t k = 0; k < some; ++k) {
+        const double l = logp_N[n0 + k];
+        if (id[n0 + k] != ignore_index) entropy_N[n0 + k] = static_cast<float>(of_tiles[k] - std::exp(l) * l);
+      }
+    }
+  });
+  return {logp, lse, tile_lse, entropy};
+}
+
+}  // namespace stepkto

@@ -1,0 +1,100 @@
+// The forward of linear_logp_kl on the CPU: see torch-ext/stepkto_kernels/linear_logp_kl/README.md. The logits of both
+// models for one (tile, block of tokens) lie side by side in a core's cache and leave two log-sum-exps and one KL a token.
+
+#include <ATen/ops/empty.h>
+#include <ATen/ops/zeros.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+
+#include "linear_logp.h"
+
+namespace stepkto {
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp_kl(
+    const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& ref_hidden, const at::Tensor& ref_weight,
+    const at::Tensor& target, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& ref_bias,
+    double logit_scale, const std::optional<double> softcap, double temperature, int64_t ignore_index) {
+  const Matrix h(hidden), w(weight), ref_h(ref_hidden), ref_w(ref_weight);
+  const at::Tensor ids = target.contiguous();
+  const Head head = head_of(logit_scale, softcap, temperature);
+  const std::vector<float> b = as_floats(bias), ref_b = as_floats(ref_bias);
+  const TileKernels& tiles = tile_kernels();
+  const int64_t N = h.rows, T = (w.rows + TILE - 1) / TILE;
+  const auto floats = at::TensorOptions(at::kFloat);
+  const at::Tensor logp = at::zeros({N}, floats), ref_logp = at::zeros({N}, floats), kl = at::zeros({N}, floats);
+  const at::Tensor lse = at::zeros({N}, floats), ref_lse = at::zeros({N}, floats);
+  const at::Tensor target_logit = at::zeros({2, N}, floats);
+  const at::Tensor tile_lse = at::empty({T, N}, floats), ref_tile_lse = at::empty({T, N}, floats);
+  const at::Tensor tile_kl = at::empty({T, N}, floats);
+  const std::vector<int32_t> tokens = scored_tokens(ids, ignore_index);
+
+  const int64_t size =
+      tokens_of_block(h.depth * h.arithmetic.product_size + ref_h.depth * ref_h.arithmetic.product_size);
+  const int64_t blocks = (static_cast<int64_t>(tokens.size()) + size - 1) / size;
+  const int64_t ranges = ranges_of_tiles(blocks, T);
+  struct Scratch {
+    PackedBlock block, ref_block;
+    std::vector<char> copy;
+    std::vector<float> z = std::vector<float>(TILE * BLOCK), y = std::vector<float>(TILE * BLOCK);
+    float lse[BLOCK], ref_lse[BLOCK], kl[BLOCK];
+  };
+  const int64_t* id = ids.const_data_ptr<int64_t>();
+  float* of_tiles = tile_lse.mutable_data_ptr<float>();
+  float* ref_of_tiles = ref_tile_lse.mutable_data_ptr<float>();
+  float* kl_of_tiles = tile_kl.mutable_data_ptr<float>();
+  float* z_target = target_logit.mutable_data_ptr<float>();
+  float* y_target = z_target + N;
+  for_each_unit<Scratch>(blocks * ranges, [&](int64_t unit, Scratch& s) {
+    const int64_t first = unit / ranges * size, range = unit % ranges;
+    const int64_t count = std::min<int64_t>(size, static_cast<int64_t>(tokens.size()) - first);
+    s.block.pack(h, tokens, first, count);
+    s.ref_block.pack(ref_h, tokens, first, count);
+    for (int64_t t = T * range / ranges; t < T * (range + 1) / ranges; ++t) {
+      const int64_t rows = std::min(TILE, w.rows - t * TILE);
+      tile_logits(w, t, s.block, b, head, s.copy, s.z.data());
+      tile_logits(ref_w, t, s.ref_block, ref_b, head, s.copy, s.y.data());
+      set_targets_apart(s.z.data(), t, rows, s.block, tokens, id, z_target);
+      set_targets_apart(s.y.data(), t, rows, s.ref_block, tokens, id, y_target);
+      tiles.kl(s.z.data(), s.y.data(), rows, s.block.columns, s.lse, s.ref_lse, s.kl);
+      scatter(s.lse, s.block, tokens, of_tiles + t * N);
+      scatter(s.ref_lse, s.block, tokens, ref_of_tiles + t * N);
+      scatter(s.kl, s.block, tokens, kl_of_tiles + t * N);
+    }
+  });
+
+  float* logp_N = logp.mutable_data_ptr<float>();
+  float* ref_logp_N = ref_logp.mutable_data_ptr<float>();
+  float* kl_N = kl.mutable_data_ptr<float>();
+  float* lse_N = lse.mutable_data_ptr<float>();
+  float* ref_lse_N = ref_lse.mutable_data_ptr<float>();
+  at::parallel_for(0, (N + LANES - 1) / LANES, 16, [&](int64_t begin, int64_t end) {
+    for (int64_t n0 = begin * LANES; n0 < std::min(end * LANES, N); n0 += LANES) {
+      const int64_t some = std::min(LANES, N - n0);
+      float max[LANES], sum[LANES], ref_max[LANES], ref_sum[LANES], mean[LANES];
+      tiles.reduce_tiles(of_tiles + n0, T, N, some, max, sum);
+      tiles.reduce_tiles(ref_of_tiles + n0, T, N, some, ref_max, ref_sum);
+      for (int64_t k = 0; k < some; ++k) {
+        if (id[n0 + k] == ignore_index) continue;
+        const Outcome policy = outcome(z_target[n0 + k], max[k], sum[k]);
+        const Outcome reference = outcome(y_target[n0 + k], ref_max[k], ref_sum[k]);
+        lse_N[n0 + k] = static_cast<float>(policy.lse);
+        ref_lse_N[n0 + k] = static_cast<float>(reference.lse);
+        logp_N[n0 + k] = static_cast<float>(policy.logp);
+        ref_logp_N[n0 + k] = static_cast<float>(reference.logp);
+      }
+      tiles.mean_over_tiles(of_tiles + n0, ref_of_tiles + n0, kl_of_tiles + n0, T, N, some, lse_N + n0, ref_lse_N + n0,
+                            mean);
+      for (int64_t k = 0; k < some; ++k) {
+        if (id[n0 + k] == ignore_index) continue;
+        const double l = logp_N[n0 + k], of_target = l == 0 ? l - ref_logp_N[n0 + k] : std::exp(l) * (l - ref_logp_N[n0 + k]);
+        const float total = static_cast<float>(mean[k] + of_target);
+        kl_N[n0 + k] = total < 0 ? 0.0f : total;  // rounding; NaN stays NaN
+      }
+    }
+  });
+  return {logp, ref_logp, kl, lse, tile_lse};
+}
+
+}  // namespace stepkto

@@ -1,0 +1,73 @@
+// Matrix products into fp32, and what they multiply: see products.cpp.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+
+#include <atomic>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "tiles.h"
+
+namespace stepkto {
+
+inline int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// How inputs of one type are multiplied.
+struct Arithmetic {
+  const OperandKernels* pack;
+  bool as_bf16;          // else as fp32
+  int64_t input_size;    // bytes of an element of the inputs
+  int64_t product_size;  // and of an operand
+
+  explicit Arithmetic(at::ScalarType inputs);
+
+  // K as the products want it
+  int64_t depth(int64_t k) const { return as_bf16 ? padded(k, PAIR) : k; }
+
+  // c (m, n; fp32) = a (m, k) @ b (k, n; packed), or += with `add`; k a multiple of PAIR for bf16
+  void multiply(int64_t m, int64_t n, int64_t k, const void* a, int64_t a_stride, const void* b, int64_t b_stride,
+                float* c, int64_t c_stride, bool add) const;
+};
+
+// A (rows, D) tensor whose rows are contiguous, and its pointers.
+struct Matrix {
+  at::Tensor tensor;
+  Arithmetic arithmetic;
+  int64_t rows, D, depth, stride;
+
+  explicit Matrix(const at::Tensor& x);
+  const void* row(int64_t i) const;
+  // rows [first, first + count) as a left operand (count, depth): themselves where they can be read so, else copied
+  const void* left(int64_t first, int64_t count, std::vector<char>& copy, int64_t& operand_stride) const;
+  bool copies() const;
+};
+
+Head head_of(double logit_scale, const std::optional<double>& softcap, double temperature);
+
+// Entries of the bias as fp32, or empty
+std::vector<float> as_floats(const std::optional<at::Tensor>& bias);
+
+// Tokens of a block such that its packed hidden states stay in a core's cache
+int64_t tokens_of_block(int64_t bytes_per_token);
+
+// After a thread's last product: gives back what the processor keeps for them
+void release_products();
+
+// function(unit, scratch) for every unit, whichever thread is free; `scratch` is the thread's own
+template <typename Scratch, typename Function>
+void for_each_unit(int64_t units, const Function& function) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) {
+      Scratch scratch;
+      for (int64_t unit = next++; unit < units; unit = next++) function(unit, scratch);
+      release_products();
+    }
+  });
+}
+
+}  // namespace stepkto

@@ -1,0 +1,509 @@
+// See tiles.h. CMake compiles this file once per instruction set, with -DCPU_CAPABILITY and its flags; at::vec takes its
+// vector type from that. Contraction of a * b + c is off (CMakeLists.txt): products are fused where fmadd says so.
+
+#include "tiles.h"
+
+#include <ATen/cpu/vec/functional.h>
+#include <ATen/cpu/vec/vec.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <type_traits>
+
+namespace stepkto {
+namespace CPU_CAPABILITY {
+namespace {
+
+using Vec = at::vec::Vectorized<float>;
+using Int = at::vec::Vectorized<int32_t>;
+using at::vec::fmadd;
+using c10::BFloat16;
+using c10::Half;
+
+constexpr int64_t W = Vec::size();
+constexpr float NO_MASS = -std::numeric_limits<float>::infinity();
+static_assert(LANES % W == 0);
+
+Vec load(const float* x) { return Vec::loadu(x); }
+
+Int bits(const Vec& x) { return at::vec::cast<int32_t>(x); }
+Vec from_bits(const Int& x) { return at::vec::cast<float>(x); }
+
+// Cody and Waite's reduction, Cephes' polynomial: within 2 units in the last place; 0 below -87.3
+Vec exp(const Vec& x) {
+  const Vec lowest(-87.33654f);
+  const Vec clamped = at::vec::minimum(at::vec::maximum(x, lowest), Vec(88.0f));
+  const Vec n = (clamped * Vec(1.44269504f)).round();
+  Vec r = fmadd(n, Vec(-0.693359375f), clamped);
+  r = fmadd(n, Vec(2.12194440e-4f), r);
+  Vec p = fmadd(Vec(1.9875691500e-4f), r, Vec(1.3981999507e-3f));
+  p = fmadd(p, r, Vec(8.3334519073e-3f));
+  p = fmadd(p, r, Vec(4.1665795894e-2f));
+  p = fmadd(p, r, Vec(1.6666665459e-1f));
+  p = fmadd(p, r, Vec(5.0000001201e-1f));
+  p = fmadd(p, r * r, r) + Vec(1.0f);
+  const Int scale = (at::vec::convert_to_int_of_same_size(n) + Int(127)) << Int(23);
+  return Vec::blendv(p * from_bits(scale), Vec(0.0f), x < lowest);  // NaN stays NaN
+}
+
+// Cephes: within 2 units in the last place; for positive normal numbers
+Vec log(const Vec& x) {
+  const Int b = bits(x);
+  Vec e = at::vec::convert_to_fp_of_same_size<float>((b >> Int(23)) - Int(126));
+  Vec m = from_bits((b & Int(0x007fffff)) | Int(0x3f000000));  // [0.5, 1)
+  const Vec small = m < Vec(0.70710678f);
+  e = Vec::blendv(e, e - Vec(1.0f), small);
+  m = Vec::blendv(m, m + m, small) - Vec(1.0f);
+  const Vec s = m * m;
+  Vec p = fmadd(Vec(7.0376836292e-2f), m, Vec(-1.1514610310e-1f));
+  p = fmadd(p, m, Vec(1.1676998740e-1f));
+  p = fmadd(p, m, Vec(-1.2420140846e-1f));
+  p = fmadd(p, m, Vec(1.4249322787e-1f));
+  p = fmadd(p, m, Vec(-1.6668057665e-1f));
+  p = fmadd(p, m, Vec(2.0000714765e-1f));
+  p = fmadd(p, m, Vec(-2.4999993993e-1f));
+  p = fmadd(p, m, Vec(3.3333331174e-1f));
+  Vec y = p * m * s;
+  y = fmadd(e, Vec(-2.12194440e-4f), y);
+  y = fmadd(s, Vec(-0.5f), y);
+  return fmadd(e, Vec(0.693359375f), m + y);
+}
+
+// relative error below 1e-6, also near 0, where 1 - 2 / (exp(2x) + 1) would cancel
+Vec tanh(const Vec& x) {
+  const Vec e = exp(x.abs() * Vec(-2.0f)), one(1.0f), s = x * x;
+  const Vec large = (one - e) / (one + e);
+  Vec series = fmadd(s, Vec(62.0f / 2835), Vec(-17.0f / 315));
+  series = fmadd(series, s, Vec(2.0f / 15));
+  series = fmadd(series, s, Vec(-1.0f / 3));
+  const Vec small = x.abs() * fmadd(series, s, one);
+  const Vec magnitude = Vec::blendv(large, small, s < Vec(0.04f));
+  return Vec::blendv(magnitude, magnitude.neg(), x < Vec(0.0f));
+}
+
+// log of a sum of exponentials >= 1, or 0 of nothing
+Vec log_or_no_mass(const Vec& s) { return Vec::blendv(log(s), Vec(NO_MASS), s == Vec(0.0f)); }
+
+Vec finite(const Vec& x) { return Vec::blendv(x, Vec(0.0f), x == Vec(NO_MASS)); }
+
+void logits(float* z, int64_t rows, int64_t columns, const float* bias, Head head) {
+  for (int64_t v = 0; v < rows; ++v) {
+    const Vec b(bias ? bias[v] : 0.0f);
+    for (int64_t n = 0; n < columns; n += W) {
+      const Vec x = load(z + v * columns + n) + b;
+      const Vec out = head.capped ? Vec(head.cap_out) * tanh(x * Vec(head.cap_in)) : x * Vec(head.slope);
+      out.store(z + v * columns + n);
+    }
+  }
+}
+
+Vec column_max(const float* z, int64_t rows, int64_t columns) {
+  Vec m(NO_MASS);
+  for (int64_t v = 0; v < rows; ++v) m = at::vec::maximum(m, load(z + v * columns));  // NaN stays NaN
+  return m;
+}
+
+void log_sum_exp(const float* z, int64_t rows, int64_t columns, float* lse, float* entropy) {
+  for (int64_t n = 0; n < columns; n += W) {
+    const Vec m = finite(column_max(z + n, rows, columns));
+    Vec s(0.0f), u(0.0f);
+    for (int64_t v = 0; v < rows; ++v) {
+      const Vec x = load(z + v * columns + n) - m, e = exp(x);
+      s = s + e;
+      if (entropy) u = u + Vec::blendv(e * x, Vec(0.0f), e == Vec(0.0f));
+    }
+    const Vec log_s = log_or_no_mass(s);
+    (m + log_s).store(lse + n);
+    if (entropy) Vec::blendv(log_s - u / s, Vec(0.0f), s == Vec(0.0f)).store(entropy + n);
+  }
+}
+
+void kl(const float* z, const float* y, int64_t rows, int64_t columns, float* lse, float* ref_lse, float* out) {
+  for (int64_t n = 0; n < columns; n += W) {
+    const Vec m = finite(column_max(z + n, rows, columns)), ref_m = finite(column_max(y + n, rows, columns));
+    Vec s(0.0f), ref_s(0.0f);
+    for (int64_t v = 0; v < rows; ++v) {
+      s = s + exp(load(z + v * columns + n) - m);
+      ref_s = ref_s + exp(load(y + v * columns + n) - ref_m);
+    }
+    const Vec l = m + log_or_no_mass(s), ref_l = ref_m + log_or_no_mass(ref_s);
+    const Vec offset = finite(l) - finite(ref_l);
+    Vec sum(0.0f);  // a second pass: subtracted first, the two logits do not cancel in the sum
+    for (int64_t v = 0; v < rows; ++v) {
+      const Vec a = load(z + v * columns + n), b = load(y + v * columns + n);
+      const Vec term = exp(a - finite(l)) * ((a - b) - offset);
+      sum = sum + Vec::blendv(term, Vec(0.0f), a == Vec(NO_MASS));
+    }
+    l.store(lse + n);
+    ref_l.store(ref_lse + n);
+    sum.store(out + n);
+  }
+}
+
+void gradients(float* z, int64_t rows, int64_t columns, const float* lse, const float* grad_logp,
+               const float* grad_entropy, const float* entropy, Head head) {
+  const Vec to_tanh(head.capped ? 1.0f / head.cap_out : 0.0f), one(1.0f);
+  for (int64_t n = 0; n < columns; n += W) {
+    const Vec l = load(lse + n), g = load(grad_logp + n);
+    const Vec g_H = grad_entropy ? load(grad_entropy + n) : Vec(0.0f), H = grad_entropy ? load(entropy + n) : Vec(0.0f);
+    for (int64_t v = 0; v < rows; ++v) {
+      float* at = z + v * columns + n;
+      const Vec x = load(at), log_p = x - l;
+      Vec d = exp(log_p) * (grad_entropy ? fmadd(g_H, log_p + H, g) : g).neg();
+      if (head.capped) {
+        const Vec t = x * to_tanh;
+        d = d * (one - t * t);
+      }
+      d.store(at);
+    }
+  }
+}
+
+void reduce_tiles(const float* tile_lse, int64_t T, int64_t stride, int64_t count, float* max, float* sum) {
+  for (int64_t n = 0; n < count; n += W) {
+    const int64_t some = std::min(W, count - n);
+    Vec m(NO_MASS), s(0.0f);
+    for (int64_t t = 0; t < T; ++t) m = at::vec::maximum(m, Vec::loadu(tile_lse + t * stride + n, some));
+    m = finite(m);
+    for (int64_t t = 0; t < T; ++t) s = s + exp(Vec::loadu(tile_lse + t * stride + n, some) - m);
+    m.store(max + n, some);
+    s.store(sum + n, some);
+  }
+}
+
+void mean_over_tiles(const float* tile_lse, const float* ref_tile_lse, const float* within, int64_t T, int64_t stride,
+                     int64_t count, const float* lse, const float* ref_lse, float* mean) {
+  for (int64_t n = 0; n < count; n += W) {
+    const int64_t some = std::min(W, count - n);
+    const Vec l = Vec::loadu(lse + n, some), ref_l = ref_lse ? Vec::loadu(ref_lse + n, some) : Vec(0.0f);
+    Vec sum(0.0f);
+    for (int64_t t = 0; t < T; ++t) {
+      const int64_t at = t * stride + n;
+      const Vec log_P = Vec::loadu(tile_lse + at, some) - l, P = exp(log_P), inside = Vec::loadu(within + at, some);
+      const Vec term =
+          P * (ref_lse ? inside + (log_P - (Vec::loadu(ref_tile_lse + at, some) - ref_l)) : inside - log_P);
+      sum = sum + Vec::blendv(term, Vec(0.0f), P == Vec(0.0f));
+    }
+    sum.store(mean + n, some);
+  }
+}
+
+// The logarithm of what a tile weighs: its mass or, with an entropy gradient, at least sum of p |log p + H| over it,
+// since p |log p + H| <= p (|log P + H| - log(p / P)) and the entropy within a tile is at most log(TILE).
+Vec score(const Vec& log_mass, const float* entropy, int64_t some) {
+  if (!entropy) return log_mass;
+  const Vec w = (log_mass + Vec::loadu(entropy, some)).abs() + Vec(4.852030263919617f);
+  return Vec::blendv(log_mass + log(w), Vec(NO_MASS), log_mass == Vec(NO_MASS));
+}
+
+void thresholds(const float* tile_lse, int64_t T, int64_t stride, int64_t count, const float* lse, const float* entropy,
+                const float* logp, const int32_t* home, float filter_eps, float* scratch, Routes out) {
+  constexpr int HALVINGS = 12;  // of an interval log(T) wide: the threshold is found to 0.002 nats
+  float* scores = scratch;
+  float* weights = scratch + T * LANES;
+  for (int64_t n = 0; n < count; n += W) {
+    const int64_t some = std::min(W, count - n);
+    const Vec l = Vec::loadu(lse + n, some);
+    for (int64_t t = 0; t < T; ++t) {
+      const Vec log_mass = Vec::loadu(tile_lse + t * stride + n, some) - l;
+      score(log_mass, entropy ? entropy + n : nullptr, some).store(scores + t * W);
+    }
+    float budget[W], low[W], rest[W];
+    for (int64_t k = 0; k < some; ++k) {  // the target's tile is never left out
+      if (home[n + k] >= 0 && home[n + k] < T) scores[home[n + k] * W + k] = NO_MASS;
+      rest[k] = -std::expm1(logp[n + k]);
+      budget[k] = filter_eps * rest[k];
+      // all tiles below this together stay within the budget
+      low[k] = std::log(budget[k]) - std::log(static_cast<float>(T)) - 0.01f;
+    }
+    Vec highest(NO_MASS);
+    for (int64_t t = 0; t < T; ++t) {
+      const Vec x = load(scores + t * W);
+      highest = at::vec::maximum(highest, x);
+      exp(x).store(weights + t * W);
+    }
+    const Vec budget_V = Vec::loadu(budget, some);
+    Vec low_V = Vec::loadu(low, some), high_V = at::vec::maximum(highest, low_V) + Vec(1.0f), dropped_V(0.0f);
+    for (int k = 0; k <= HALVINGS; ++k) {
+      const bool last = k == HALVINGS;  // weighs what the found threshold leaves out
+      const Vec middle = last ? low_V : (low_V + high_V) * Vec(0.5f);
+      Vec weight(0.0f);
+      for (int64_t t = 0; t < T; ++t) {
+        weight = weight + Vec::blendv(Vec(0.0f), load(weights + t * W), load(scores + t * W) < middle);
+      }
+      if (last) {
+        dropped_V = weight;
+      } else {
+        const Vec fits = weight <= budget_V;
+        low_V = Vec::blendv(low_V, middle, fits);
+        high_V = Vec::blendv(middle, high_V, fits);
+      }
+    }
+    float found[W], dropped[W];
+    low_V.store(found);
+    dropped_V.store(dropped);
+    for (int64_t k = 0; k < some; ++k) {
+      // where 1 - p underflows, so does every probability but the target's: there is nothing else to visit
+      const bool nothing = budget[k] <= 0;
+      out.threshold[n + k] = nothing ? std::numeric_limits<float>::infinity() : found[k];
+      out.dropped[n + k] = nothing ? 0.0f : dropped[k] / rest[k];
+      int32_t kept = 0;
+      if (home[n + k] >= 0) {
+        for (int64_t t = 0; t < T; ++t) kept += !(scores[t * W + k] < out.threshold[n + k]) || home[n + k] == t;
+      }
+      out.kept[n + k] = kept;
+    }
+  }
+}
+
+int64_t visitors(const float* tile_lse, const float* lse, const float* entropy, const float* threshold,
+                 const int32_t* home, int64_t t, int64_t N, int32_t* out) {
+  int64_t found = 0;
+  float s[W];
+  for (int64_t n = 0; n < N; n += W) {
+    const int64_t some = std::min(W, N - n);
+    score(Vec::loadu(tile_lse + n, some) - Vec::loadu(lse + n, some), entropy ? entropy + n : nullptr, some).store(s);
+    for (int64_t k = 0; k < some; ++k) {
+      // a NaN is visited
+      const bool visits = home[n + k] >= 0 && (!(s[k] < threshold[n + k]) || home[n + k] == t);
+      if (out && visits) out[found] = static_cast<int32_t>(n + k);
+      found += visits;
+    }
+  }
+  return found;
+}
+
+void add_rows(const float* x, const int32_t* rows, int64_t first_row, int64_t count, int64_t columns, float* sums) {
+  for (int64_t i = 0; i < count; ++i) {
+    float* to = sums + (rows[i] - first_row) * columns;
+    const float* from = x + i * columns;
+    for (int64_t c = 0; c < columns; ++c) to[c] += from[c];
+  }
+}
+
+// Operands. A unit is what a product takes at a time along K: one fp32 number, or a pair of bf16 numbers.
+
+template <typename Product>
+constexpr int64_t UNIT = sizeof(float) / sizeof(Product);
+
+const char* row_of(const void* matrix, int64_t stride, const int32_t* rows, int64_t i, int64_t size) {
+  return static_cast<const char*>(matrix) + (rows ? rows[i] : i) * stride * size;
+}
+
+template <typename In, typename Product>
+void convert(const In* from, int64_t count, Product* to) {
+  if constexpr (std::is_same_v<In, Product>) {
+    std::memcpy(to, from, count * sizeof(In));
+  } else {
+    for (int64_t i = 0; i < count; ++i) to[i] = static_cast<Product>(from[i]);
+  }
+}
+
+template <typename In, typename Product>
+void pack_columns(const void* matrix, int64_t stride, const int32_t* rows, int64_t n, int64_t n_padded, int64_t D,
+                  void* out) {
+  constexpr int64_t STEP = LANES * UNIT<Product>;  // elements of a row in a square of 16 x 16 units
+  float* to = static_cast<float*>(out);
+  alignas(64) float square[LANES * LANES], turned[LANES * LANES];
+  for (int64_t j = 0; j < n_padded; j += LANES) {
+    const In* from[LANES];
+    const int64_t some = std::min(LANES, n - j);
+    for (int64_t i = 0; i < some; ++i) {
+      from[i] = reinterpret_cast<const In*>(row_of(matrix, stride, rows, j + i, sizeof(In)));
+    }
+    std::memset(square, 0, sizeof(square));
+    for (int64_t k = 0; k < D; k += STEP) {
+      const int64_t count = std::min(STEP, D - k);
+      if (count < STEP) std::memset(square, 0, sizeof(square));
+      for (int64_t i = 0; i < some; ++i) {
+        Product* row = reinterpret_cast<Product*>(square + i * LANES);
+        if (count == STEP) {
+          convert(from[i] + k, STEP, row);
+        } else {
+          convert(from[i] + k, count, row);
+        }
+      }
+      float* at = to + k / UNIT<Product> * n_padded + j;
+      if (count == STEP) {
+        at::vec::transpose_mxn<float, LANES, LANES>(square, LANES, at, n_padded);
+      } else {
+        at::vec::transpose_mxn<float, LANES, LANES>(square, LANES, turned, LANES);
+        const int64_t units = (count + UNIT<Product> - 1) / UNIT<Product>;
+        for (int64_t u = 0; u < units; ++u) std::memcpy(at + u * n_padded, turned + u * LANES, LANES * sizeof(float));
+      }
+    }
+  }
+}
+
+template <typename In, typename Product>
+void pack_rows(const void* matrix, int64_t stride, const int32_t* rows, int64_t m, int64_t m_padded, int64_t column,
+               int64_t columns, void* out) {
+  const auto at = [&](int64_t i) {
+    return reinterpret_cast<const In*>(row_of(matrix, stride, rows, i, sizeof(In))) + column;
+  };
+  if constexpr (UNIT<Product> == 1) {
+    Product* to = static_cast<Product*>(out);
+    for (int64_t i = 0; i < m; ++i) convert(at(i), columns, to + i * columns);
+    std::fill(to + m * columns, to + m_padded * columns, Product(0));
+  } else {
+    static_assert(std::is_same_v<In, Product>);
+    uint32_t* to = static_cast<uint32_t*>(out);
+    for (int64_t i = 0; i < m_padded; i += 2, to += columns) {
+      const auto* a = reinterpret_cast<const uint16_t*>(i < m ? at(i) : nullptr);
+      const auto* b = reinterpret_cast<const uint16_t*>(i + 1 < m ? at(i + 1) : nullptr);
+      if (b) {
+        for (int64_t c = 0; c < columns; ++c) to[c] = a[c] | (static_cast<uint32_t>(b[c]) << 16);
+      } else if (a) {
+        for (int64_t c = 0; c < columns; ++c) to[c] = a[c];
+      } else {
+        std::memset(to, 0, columns * sizeof(uint32_t));
+      }
+    }
+  }
+}
+
+template <typename In, typename Product>
+void copy_rows(const void* matrix, int64_t stride, int64_t m, int64_t D, int64_t D_padded, void* out) {
+  Product* to = static_cast<Product*>(out);
+  for (int64_t i = 0; i < m; ++i, to += D_padded) {
+    convert(static_cast<const In*>(matrix) + i * stride, D, to);
+    std::fill(to + D, to + D_padded, Product(0.0f));
+  }
+}
+
+// `count` a multiple of LANES
+void rounded(const float* x, int64_t count, BFloat16* to) {
+  using Out = at::vec::Vectorized<BFloat16>;
+  for (int64_t i = 0; i < count; i += Out::size()) {
+    const int64_t some = std::min<int64_t>(Out::size(), count - i);
+    const Vec a = load(x + i), b = some > W ? load(x + i + W) : Vec(0.0f);
+    at::vec::convert_float_bfloat16(a, b).store(to + i, static_cast<int>(some));
+  }
+}
+
+void rounded(const float* x, int64_t count, float* to) { std::memcpy(to, x, count * sizeof(float)); }
+
+template <typename Product>
+void store_gradients(const float* dz, int64_t rows, int64_t columns, void* as_is, void* transposed) {
+  if (as_is) rounded(dz, rows * columns, static_cast<Product*>(as_is));
+  if (!transposed) return;
+  Product* to = static_cast<Product*>(transposed);
+  alignas(64) float square[LANES * LANES], turned[LANES * LANES];
+  for (int64_t v = 0; v < TILE; v += LANES) {
+    const int64_t some = std::clamp<int64_t>(rows - v, 0, LANES);
+    for (int64_t n = 0; n < columns; n += LANES) {
+      if (some == LANES) {
+        at::vec::transpose_mxn<float, LANES, LANES>(dz + v * columns + n, columns, turned, LANES);
+      } else {
+        std::memset(square, 0, sizeof(square));
+        for (int64_t i = 0; i < some; ++i) {
+          std::memcpy(square + i * LANES, dz + (v + i) * columns + n, LANES * sizeof(float));
+        }
+        at::vec::transpose_mxn<float, LANES, LANES>(square, LANES, turned, LANES);
+      }
+      for (int64_t j = 0; j < LANES; ++j) rounded(turned + j * LANES, LANES, to + (n + j) * TILE + v);
+    }
+  }
+}
+
+template <typename Product>
+void add_row_sums(const void* as_is, int64_t rows, int64_t columns, float* sums) {
+  const Product* x = static_cast<const Product*>(as_is);
+  for (int64_t v = 0; v < rows; ++v, x += columns) {
+    float lanes[LANES] = {};
+    for (int64_t n = 0; n < columns; n += LANES) {
+      for (int64_t k = 0; k < LANES; ++k) lanes[k] += static_cast<float>(x[n + k]);
+    }
+    float sum = 0;
+    for (float lane : lanes) sum += lane;
+    sums[v] += sum;
+  }
+}
+
+template <typename In>
+void store(const float* x, int64_t stride, int64_t rows, int64_t columns, void* out, int64_t out_stride) {
+  In* to = static_cast<In*>(out);
+  for (int64_t i = 0; i < rows; ++i, x += stride, to += out_stride) {
+    if constexpr (std::is_same_v<In, Half>) {
+      for (int64_t c = 0; c < columns; ++c) to[c] = static_cast<In>(x[c]);
+    } else {
+      const int64_t whole = columns / LANES * LANES;
+      rounded(x, whole, to);
+      for (int64_t c = whole; c < columns; ++c) to[c] = static_cast<In>(x[c]);
+    }
+  }
+}
+
+template <typename In>
+void load_sums(const void* sums, const void* rest, int64_t at, int64_t count, float* out) {
+  if constexpr (std::is_same_v<In, BFloat16>) {
+    const uint16_t* high = static_cast<const uint16_t*>(sums) + at;
+    const uint8_t* low = static_cast<const uint8_t*>(rest) + at;
+    uint32_t* to = reinterpret_cast<uint32_t*>(out);
+    for (int64_t i = 0; i < count; ++i) to[i] = (static_cast<uint32_t>(high[i]) << 16) | (uint32_t{low[i]} << 8);
+  } else {
+    const void* from = std::is_same_v<In, float> ? sums : rest;
+    std::memcpy(out, static_cast<const float*>(from) + at, count * sizeof(float));
+  }
+}
+
+template <typename In>
+void store_sums(const float* x, int64_t at, int64_t count, void* sums, void* rest) {
+  if constexpr (std::is_same_v<In, BFloat16>) {
+    uint16_t* high = static_cast<uint16_t*>(sums) + at;
+    uint8_t* low = static_cast<uint8_t*>(rest) + at;
+    const uint32_t* from = reinterpret_cast<const uint32_t*>(x);
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t b = (from[i] & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : from[i] + 0x80u;
+      high[i] = static_cast<uint16_t>(b >> 16);
+      low[i] = static_cast<uint8_t>(b >> 8);
+    }
+  } else {
+    void* to = std::is_same_v<In, float> ? sums : rest;
+    std::memcpy(static_cast<float*>(to) + at, x, count * sizeof(float));
+  }
+}
+
+template <typename In>
+void finish_sums(void* sums, const void* rest, int64_t at, int64_t count) {
+  if constexpr (std::is_same_v<In, BFloat16>) {
+    uint16_t* high = static_cast<uint16_t*>(sums) + at;
+    const uint8_t* low = static_cast<const uint8_t*>(rest) + at;
+    for (int64_t i = 0; i < count; ++i) high[i] += (low[i] + (high[i] & 1)) > 0x80;  // to nearest, ties to even
+  } else if constexpr (std::is_same_v<In, Half>) {
+    convert(static_cast<const float*>(rest) + at, count, static_cast<Half*>(sums) + at);
+  }
+}
+
+template <typename In, typename Product>
+constexpr OperandKernels operands() {
+  return {pack_columns<In, Product>, pack_rows<In, Product>, copy_rows<In, Product>, store_gradients<Product>,
+          add_row_sums<Product>,     store<In>,              load_sums<In>,          store_sums<In>,
+          finish_sums<In>,           std::is_same_v<In, float> ? 0 : std::is_same_v<In, Half> ? 4 : 1};
+}
+
+}  // namespace
+
+#define STEPKTO_TEXT_(x) #x
+#define STEPKTO_TEXT(x) STEPKTO_TEXT_(x)
+
+extern const TileKernels kernels;
+const TileKernels kernels = {STEPKTO_TEXT(CPU_CAPABILITY),
+                             logits,
+                             log_sum_exp,
+                             kl,
+                             gradients,
+                             reduce_tiles,
+                             mean_over_tiles,
+                             thresholds,
+                             visitors,
+                             add_rows,
+                             operands<float, float>(),
+                             operands<BFloat16, BFloat16>(),
+                             operands<BFloat16, float>(),
+                             operands<Half, float>()};
+
+}  // namespace CPU_CAPABILITY
+}  // namespace stepkto
