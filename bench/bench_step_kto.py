@@ -11,7 +11,7 @@ from stepkto_kernels import backend, backends, step_kto
 from stepkto_kernels.step_kto import reference as truth
 
 # (completions, steps a completion, tokens a step)
-SHAPES = [(64, 8, 32), (32, 16, 256), (512, 64, 1), (1, 1, 100_000)]
+SHAPES = [(64, 8, 32), (32, 16, 256), (512, 64, 1), (1, 1, 100_000), (500, 100, 20)]
 
 
 def ours(name):

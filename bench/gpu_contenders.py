@@ -1,5 +1,7 @@
 """What is timed on a GPU, ours and the bare products here and the peers in gpu_peers.py, with one signature.
 
+bench_native.py times the peers and the functions of ours on a CPU, with the options that it needs there.
+
 `start(inputs, gradients)` returns a call without arguments, and that returns Found(value, dhidden, dweight), the last
 two None where no gradients were asked for. `kind` says what the value is and how the gradients came about:
 
@@ -107,13 +109,13 @@ CONTENDERS["bare 8NDV"] = Contender("bare 8NDV", lambda x, _: bare(x, 2, 1), kin
 
 
 @contender("ours", op="linear_logp")
-def linear_logp(x):
-    return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap)
+def linear_logp(x, **options):
+    return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap, **options)
 
 
 @contender("ours, exact", op="linear_logp")
 def linear_logp_exact(x):
-    return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap, filter_eps=0)
+    return linear_logp(x, filter_eps=0)
 
 
 def logp_kl(x: Inputs, ref_weight: Tensor | None) -> Callable:
@@ -141,16 +143,16 @@ def unreferenced_point(x: Inputs) -> float:
 
 
 @contender("ours, linear_step_kto", kind="kto", op="linear_logp")
-def linear_step_kto(x):
+def linear_step_kto(x, **options):
     zeros = torch.zeros(x.shape.n, device=x.device)
     point = torch.tensor(unreferenced_point(x), device=x.device)
-    options = {"kl": point, "beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
+    options |= {"kl": point, "beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
     return lambda h, w: sk.linear_step_kto(h, w, x.target, zeros, **x.batch, **options).loss
 
 
 @contender("ours, linear_step_kto after the reference's linear_logp", kind="kto with reference", op="linear_logp")
-def linear_step_kto_with_reference(x):
-    options = {"beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
+def linear_step_kto_with_reference(x, **options):
+    options |= {"beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
 
     def function(h, w):
         with torch.no_grad():

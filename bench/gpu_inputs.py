@@ -1,10 +1,10 @@
-"""What the GPU runs are timed on: shapes, inputs from flat to peaked, and their fp64 truths.
+"""What heads are timed on: shapes, inputs from flat to peaked, and their fp64 truths.
 
 flat: a random initialisation. Weights N(0, 0.02^2), hidden states N(0, 1), so logits of size 1 and an entropy
 near log V: every part of the vocabulary carries probability, nothing can be left out.
 
 peaked: hidden states that know something, made so that the places of the probability mass are those of a language
-model. Everything is a direction of the head itself, and the weights stay bf16 of ordinary size:
+model. Everything is a direction of the head itself, and the weights stay of ordinary size:
 
     unigram     p(id) falls as 1/rank up to rank 8000 and as 1/rank^2 beyond, as word frequencies do. Ids follow
                 the ranks loosely (a factor exp(0.7 N(0, 1))), as those of byte-pair merges do; in "scattered" inputs
@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     v: int
     softcap: float | None = None
     completion: int = 512  # tokens of each
+    dtype: str = "bfloat16"  # of the hidden states and the head; a name, so that JSON takes it
 
 
 SHAPES = {
@@ -228,16 +229,16 @@ class Peaked:
         self.rest = rest + GAMMA * e + normal(n, d) / (0.02 * d**0.5)
         self.sharpness = (SPREAD * normal(n)).exp()[:, None]
         w += (log_p / GAMMA)[:, None] * e
-        self.weight = w.to(torch.bfloat16)
+        self.weight = w.to(getattr(torch, shape.dtype))
 
     def hidden(self, scale: float, rows: slice = slice(None)) -> Tensor:
-        return (scale * self.sharpness[rows] * self.peak[rows] + self.rest[rows]).to(torch.bfloat16)
+        return (scale * self.sharpness[rows] * self.peak[rows] + self.rest[rows]).to(self.weight.dtype)
 
     @torch.no_grad()
     def at(self, name: str, level: float) -> Inputs:
         some = slice(None, None, max(1, self.shape.n // 512))
         low, high = math.log(0.01), math.log(100)
-        for _ in range(24):
+        for _ in range(16):
             middle = (low + high) / 2
             entropy = mean_entropy(self.hidden(math.exp(middle), some), self.weight, self.shape.softcap)
             low, high = (middle, high) if entropy > level else (low, middle)
@@ -247,7 +248,8 @@ class Peaked:
 def flat_inputs(shape: Shape, device: torch.device) -> Inputs:
     generator = torch.Generator(device).manual_seed(0)
     h, w = (torch.randn(size, shape.d, generator=generator, device=device) for size in (shape.n, shape.v))
-    return Inputs(shape, "flat", h.to(torch.bfloat16), (w * 0.02).to(torch.bfloat16))
+    dtype = getattr(torch, shape.dtype)
+    return Inputs(shape, "flat", h.to(dtype), (w * 0.02).to(dtype))
 
 
 class Maker:

@@ -22,7 +22,7 @@
 namespace stepkto {
 namespace {
 
-constexpr int64_t SLICE = 128;   // columns of dW and dhidden that a unit owns
+constexpr int64_t SLICE = 256;   // columns of dW and dhidden that a unit owns
 constexpr int64_t RANGE = 1024;  // tokens of dhidden that a unit owns
 constexpr int64_t GROUP = 4;     // tiles that share a packed block where all have the same tokens
 
@@ -147,9 +147,9 @@ class Backward {
       s.block.pack(h_, s.tokens, 0, count);
       s.block.first = at.first;
       const float* lse = lse_.const_data_ptr<float>();
-      for (int64_t j = 0; j < s.block.columns; ++j) {  // padding: packed as zeros, gradients of 0
+      for (int64_t j = 0; j < s.block.columns; ++j) {  // padding: packed as zeros, probabilities of 0
         const bool real = j < count;
-        s.lse[j] = real ? lse[token[j]] : 0.0f;
+        s.lse[j] = real ? lse[token[j]] : 1e30f;
         s.g[j] = real ? grad_logp_.const_data_ptr<float>()[token[j]] * head_.slope : 0.0f;
         if (!grad_entropy_) continue;
         s.g_H[j] = real ? grad_entropy_->const_data_ptr<float>()[token[j]] * head_.slope : 0.0f;

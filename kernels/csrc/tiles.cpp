@@ -31,10 +31,19 @@ Vec load(const float* x) { return Vec::loadu(x); }
 Int bits(const Vec& x) { return at::vec::cast<int32_t>(x); }
 Vec from_bits(const Int& x) { return at::vec::cast<float>(x); }
 
-// Cody and Waite's reduction, Cephes' polynomial: within 2 units in the last place; 0 below -87.3
+// x * 2^n for whole n; 0 below 2^-126
+Vec scaled(const Vec& x, const Vec& n) {
+#ifdef CPU_CAPABILITY_AVX512
+  return _mm512_scalef_ps(x, n);
+#else
+  const Int exponent = at::vec::convert_to_int_of_same_size(n) + Int(127);
+  return Vec::blendv(x * from_bits(exponent << Int(23)), Vec(0.0f), n < Vec(-126.0f));
+#endif
+}
+
+// Cody and Waite's reduction, Cephes' polynomial: within 2 units in the last place; for x below 88
 Vec exp(const Vec& x) {
-  const Vec lowest(-87.33654f);
-  const Vec clamped = at::vec::minimum(at::vec::maximum(x, lowest), Vec(88.0f));
+  const Vec clamped = at::vec::maximum(x, Vec(-110.0f));  // its exponential is 0; NaN stays NaN
   const Vec n = (clamped * Vec(1.44269504f)).round();
   Vec r = fmadd(n, Vec(-0.693359375f), clamped);
   r = fmadd(n, Vec(2.12194440e-4f), r);
@@ -43,9 +52,7 @@ Vec exp(const Vec& x) {
   p = fmadd(p, r, Vec(4.1665795894e-2f));
   p = fmadd(p, r, Vec(1.6666665459e-1f));
   p = fmadd(p, r, Vec(5.0000001201e-1f));
-  p = fmadd(p, r * r, r) + Vec(1.0f);
-  const Int scale = (at::vec::convert_to_int_of_same_size(n) + Int(127)) << Int(23);
-  return Vec::blendv(p * from_bits(scale), Vec(0.0f), x < lowest);  // NaN stays NaN
+  return scaled(fmadd(p, r * r, r + Vec(1.0f)), n);
 }
 
 // Cephes: within 2 units in the last place; for positive normal numbers
