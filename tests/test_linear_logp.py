@@ -7,7 +7,7 @@ import stepkto_kernels
 import torch
 from on_backends import INTERPRETING, NaNMemory, fixture_over, moved, where_it_runs
 from stepkto_kernels import backend, backends
-from stepkto_kernels.linear_logp import eager
+from stepkto_kernels.linear_logp import eager, native
 from stepkto_kernels.linear_logp import reference as truth
 from stepkto_kernels.linear_logp.op import (
     linear_logp_backward,
@@ -17,7 +17,7 @@ from stepkto_kernels.linear_logp.op import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 linear_logp, linear_logp_entropy = moved(stepkto_kernels.linear_logp), moved(stepkto_kernels.linear_logp_entropy)
-on_backend = fixture_over("linear_logp", "reference", "triton")
+on_backend = fixture_over("linear_logp", "reference", "native", "triton")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(1, 1, 1), (5, 3, 1), (1, 8, 7), (13, 16, 50), (64, 33, 1000), (9, 5, 8200)]  # (N, D, V)
@@ -81,6 +81,7 @@ def tiles(request, monkeypatch):
     if request.param == "many tiles":
         monkeypatch.setattr(eager, "TILE_V", eager.VOCAB_TILE)
         monkeypatch.setattr(eager, "TILE_ELEMENTS", 512)  # blocks of 4 rows
+        monkeypatch.setattr(native, "WORKSPACE_BYTES", 1)
         if backends.why_not("linear_logp", "triton") is None:
             from stepkto_kernels.linear_logp import triton_backward
 
@@ -92,13 +93,15 @@ def tiles(request, monkeypatch):
 MANY_TILES_SHAPES = list(dict.fromkeys((min(n, 11), d, min(v, 600)) for n, d, v in SHAPES))
 # ragged; several blocks of tokens, of the vocabulary, of hidden sizes; rows of 80 bytes are copied by another engine
 TRITON_SHAPES = [(1, 1, 1), (5, 3, 130), (47, 40, 1009), (300, 24, 260), (20, 300, 140)]
+# sums over D in several parts, slices of it, ragged in every direction; ranges of tokens
+NATIVE_SHAPES = [*SHAPES, (5, 3, 130), (47, 40, 1009), (300, 25, 260), (20, 301, 140), (1100, 9, 130)]
 
 
 def cases():
-    for name, shapes in (("reference", SHAPES), ("triton", TRITON_SHAPES)):
+    for name, shapes in (("reference", SHAPES), ("native", NATIVE_SHAPES), ("triton", TRITON_SHAPES)):
         for cut in ("one tile", "many tiles"):
             for shape in MANY_TILES_SHAPES if (name, cut) == ("reference", "many tiles") else shapes:
-                for head in HEADS if name == "reference" else ("plain", "everything"):
+                for head in HEADS if name != "triton" else ("plain", "everything"):
                     yield pytest.param(name, cut, shape, head, marks=where_it_runs("linear_logp", name).marks)
 
 
@@ -115,8 +118,8 @@ def logit_gradients(operands, target, cotangents, head):
     return full
 
 
-# What the triton backend may round dL/dz by: twice to bf16 (the probability it keeps, then the product's factor); for
-# fp16, once to it and once to tf32.
+# What triton and native may round dL/dz by: twice to bf16 (the probability that triton keeps, then the product's
+# factor); for fp16, once to it and once to tf32.
 UNIT = {torch.float32: 0, torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-10}
 
 
@@ -163,7 +166,7 @@ def test_values_and_gradients_match_the_truth(dtype, name, tiles, shape, head_na
     summands = [None, None, *rounding_of_summands(operands, target, cotangents, head, dtype)]
     for i, values in enumerate(zip(ours, exact, plain, strict=True)):
         rounded_to = dtype if i >= 2 and dtype != torch.float32 else None
-        assert_within_budget(*values, largest_logit, rounded_to, summands[i] if name == "triton" else None)
+        assert_within_budget(*values, largest_logit, rounded_to, summands[i] if name != "reference" else None)
     for leaf, gradient in zip(operands, ours[2:], strict=True):
         assert gradient.dtype == dtype
         assert gradient.shape == leaf.shape
@@ -321,7 +324,7 @@ def test_gradients_that_nobody_needs_cost_no_gemm(needs):
     leaves = [x.requires_grad_(bool(n)) for x, n in zip((operands[0], operands[1], operands[3]), needs, strict=True)]
 
     def gemms(function):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with backend("reference"), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             result = function()
         counted = [e for e in profile.events() if e.name in ("aten::mm", "aten::addmm_", "aten::addmm", "aten::bmm")]
         return result, len(counted)
@@ -462,7 +465,8 @@ def test_the_reference_backend_drops_nothing(filter_eps):
     gradients = []
     for eps in (0.0, filter_eps):
         w = weight.clone().requires_grad_()
-        linear_logp(hidden, w, target, filter_eps=eps).sum().backward()
+        with backend("reference"):
+            linear_logp(hidden, w, target, filter_eps=eps).sum().backward()
         gradients.append(w.grad)
     assert torch.equal(*gradients)
 
@@ -503,7 +507,8 @@ def test_bad_input_is_refused_before_any_compute(error, message, change, functio
     def fail(*_):
         raise AssertionError("computed")
 
-    monkeypatch.setattr(eager.Head, "logits", fail)
+    for name, kernels in backends._KERNELS.items():
+        monkeypatch.setitem(backends._KERNELS, name, dict.fromkeys(kernels, backends.Kernel(fail, fail)))
     with pytest.raises(error, match=message):
         function(**{"hidden": HIDDEN, "weight": WEIGHT, "target": TARGET} | change)
 

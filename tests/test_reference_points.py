@@ -7,7 +7,7 @@ from stepkto_kernels.reference_points import reference as truth
 from stepkto_kernels.reference_points.op import reference_points_forward
 from test_step_kto import INTERPRETING, device_of, random_batch, where_it_runs
 
-BACKENDS = [where_it_runs("reference_points", name) for name in ("reference", "triton")]
+BACKENDS = [where_it_runs("reference_points", name) for name in ("reference", "native", "triton")]
 
 
 @pytest.fixture(params=BACKENDS)

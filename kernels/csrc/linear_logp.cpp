@@ -32,6 +32,12 @@ std::vector<int32_t> scored_tokens(const at::Tensor& target, int64_t ignore_inde
   return tokens;
 }
 
+at::Tensor new_tile_lse(int64_t tiles, int64_t tokens, size_t scored) {
+  const auto floats = at::TensorOptions(at::kFloat);
+  const bool all = scored == static_cast<size_t>(tokens);
+  return all ? at::empty({tiles, tokens}, floats) : at::zeros({tiles, tokens}, floats);
+}
+
 void PackedBlock::pack(const Matrix& matrix, const std::vector<int32_t>& rows, int64_t from, int64_t many) {
   first = from;
   count = many;
@@ -87,10 +93,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
   const int64_t N = h.rows, T = (w.rows + TILE - 1) / TILE;
   const auto floats = at::TensorOptions(at::kFloat);
   const at::Tensor logp = at::zeros({N}, floats), lse = at::zeros({N}, floats);
-  const at::Tensor tile_lse = at::empty({T, N}, floats), target_logit = at::zeros({N}, floats);
+  const std::vector<int32_t> tokens = scored_tokens(ids, ignore_index);
+  const at::Tensor tile_lse = new_tile_lse(T, N, tokens.size()), target_logit = at::zeros({N}, floats);
   const at::Tensor entropy = at::zeros({with_entropy ? N : 0}, floats);
   const at::Tensor tile_entropy = at::empty({with_entropy ? T : 0, N}, floats);
-  const std::vector<int32_t> tokens = scored_tokens(ids, ignore_index);
 
   const int64_t size = tokens_of_block(h.depth * h.arithmetic.product_size);
   const int64_t blocks = (static_cast<int64_t>(tokens.size()) + size - 1) / size;

@@ -11,6 +11,9 @@ namespace stepkto {
 // Tokens whose target is not `ignore_index`, in order.
 std::vector<int32_t> scored_tokens(const at::Tensor& target, int64_t ignore_index);
 
+// (T, N), to be filled for the scored tokens; 0 for the others, so that results are the same whenever they are computed.
+at::Tensor new_tile_lse(int64_t tiles, int64_t tokens, size_t scored);
+
 // A block of the scored tokens, their hidden states packed as the right operand of every tile's product.
 struct PackedBlock {
   int64_t first = -1, count = 0, columns = 0;  // tokens rows[first], ..., and their number, also padded

@@ -26,9 +26,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
   const at::Tensor logp = at::zeros({N}, floats), ref_logp = at::zeros({N}, floats), kl = at::zeros({N}, floats);
   const at::Tensor lse = at::zeros({N}, floats), ref_lse = at::zeros({N}, floats);
   const at::Tensor target_logit = at::zeros({2, N}, floats);
-  const at::Tensor tile_lse = at::empty({T, N}, floats), ref_tile_lse = at::empty({T, N}, floats);
-  const at::Tensor tile_kl = at::empty({T, N}, floats);
   const std::vector<int32_t> tokens = scored_tokens(ids, ignore_index);
+  const at::Tensor tile_lse = new_tile_lse(T, N, tokens.size());
+  const at::Tensor ref_tile_lse = at::empty({T, N}, floats), tile_kl = at::empty({T, N}, floats);
 
   const int64_t size =
       tokens_of_block(h.depth * h.arithmetic.product_size + ref_h.depth * ref_h.arithmetic.product_size);
@@ -88,8 +88,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
                             mean);
       for (int64_t k = 0; k < some; ++k) {
         if (id[n0 + k] == ignore_index) continue;
-        const double l = logp_N[n0 + k], of_target = l == 0 ? l - ref_logp_N[n0 + k] : std::exp(l) * (l - ref_logp_N[n0 + k]);
-        const float total = static_cast<float>(mean[k] + of_target);
+        const double l = logp_N[n0 + k], ref_l = ref_logp_N[n0 + k];
+        const float total = static_cast<float>(mean[k] + std::exp(l) * (l - ref_l));
         kl_N[n0 + k] = total < 0 ? 0.0f : total;  // rounding; NaN stays NaN
       }
     }

@@ -7,7 +7,7 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <cstring>
+#include <string>
 
 namespace stepkto {
 namespace {
@@ -30,6 +30,10 @@ bool multiplies_bf16() {
 }
 
 }  // namespace
+
+std::string instruction_set() {
+  return std::string(tile_kernels().name) + (multiplies_bf16() ? ", bf16 products" : ", bf16 multiplied as fp32");
+}
 
 Arithmetic::Arithmetic(at::ScalarType inputs) {
   const TileKernels& tiles = tile_kernels();
@@ -65,7 +69,10 @@ const void* Matrix::row(int64_t i) const {
   return static_cast<const char*>(tensor.const_data_ptr()) + i * stride * arithmetic.input_size;
 }
 
-bool Matrix::copies() const { return depth != D || arithmetic.product_size != arithmetic.input_size; }
+bool Matrix::copies() const {
+  const bool far = stride > (int64_t{1} << 20);  // the products address their operands with 32 bits
+  return far || depth != D || arithmetic.product_size != arithmetic.input_size;
+}
 
 const void* Matrix::left(int64_t first, int64_t count, std::vector<char>& copy, int64_t& operand_stride) const {
   if (!copies()) {

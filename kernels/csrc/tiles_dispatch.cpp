@@ -32,6 +32,4 @@ const TileKernels& tile_kernels() {
   return chosen;
 }
 
-std::string instruction_set() { return tile_kernels().name; }
-
 }  // namespace stepkto

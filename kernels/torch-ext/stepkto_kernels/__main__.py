@@ -2,7 +2,7 @@
 
 import torch
 
-from . import __version__, backends
+from . import __version__, backends, native
 
 
 def table() -> str:
@@ -23,6 +23,8 @@ def table() -> str:
             if reason and not reason.startswith("it needs "):  # else its parts say it
                 reasons.setdefault(f"{name}: {reason}", []).append(op)
         lines.append("  ".join([f"{op:<{width}}", *cells]).rstrip())
+    if native.missing() is None:
+        lines += ["", f"native: {native.functions().instruction_set()}, {torch.get_num_threads()} threads"]
     if reasons:
         lines += ["", "Why not, and the remedy:"]
         for reason, names in sorted(reasons.items()):
