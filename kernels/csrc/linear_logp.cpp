@@ -38,17 +38,15 @@ at::Tensor new_tile_lse(int64_t tiles, int64_t tokens, size_t scored) {
   return all ? at::empty({tiles, tokens}, floats) : at::zeros({tiles, tokens}, floats);
 }
 
-void PackedBlock::pack(const Matrix& matrix, const std::vector<int32_t>& rows, int64_t from, int64_t many) {
+void PackedBlock::pack(const Matrix& matrix, const int32_t* rows, int64_t from, int64_t many) {
   first = from;
   count = many;
   columns = padded(many, LANES);
-  hidden.resize(columns * matrix.depth * matrix.arithmetic.product_size);
-  matrix.arithmetic.pack->pack_columns(matrix.row(0), matrix.stride, rows.data() + from, many, columns, matrix.D,
-                                       hidden.data());
+  matrix.arithmetic.pack->pack_columns(matrix.row(0), matrix.stride, rows + from, many, columns, matrix.D, hidden);
 }
 
 void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias, Head head,
-                 std::vector<char>& copy, float* z) {
+                 char* copy, float* z) {
   const int64_t first = tile * TILE, rows = std::min(TILE, weight.rows - first);
   int64_t stride;
   const void* w = weight.left(first, rows, copy, stride);
@@ -56,7 +54,7 @@ void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, c
   for (int64_t k = 0; k < std::max<int64_t>(weight.depth, 1); k += part) {
     weight.arithmetic.multiply(rows, block.columns, std::min(part, weight.depth - k),
                                static_cast<const char*>(w) + k * size, stride,
-                               block.hidden.data() + k * block.columns * size, block.columns, z, block.columns, k > 0);
+                               block.hidden + k * block.columns * size, block.columns, z, block.columns, k > 0);
   }
   if (bias.empty() && !head.capped && head.slope == 1.0f) return;
   tile_kernels().logits(z, rows, block.columns, bias.empty() ? nullptr : bias.data() + first, head);
@@ -103,22 +101,25 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
   const int64_t ranges = ranges_of_tiles(blocks, T);
   struct Scratch {
     PackedBlock block;
-    std::vector<char> copy;
-    std::vector<float> z = std::vector<float>(TILE * BLOCK);
-    float lse[BLOCK], entropy[BLOCK];
+    char* copy;
+    float *z, *lse, *entropy;
+  };
+  const auto scratch = [&](Arena& arena) {
+    return Scratch{PackedBlock(h, size, arena), arena.take<char>(w.copy_bytes()), arena.take<float>(TILE * size),
+                   arena.take<float>(size), arena.take<float>(with_entropy ? size : 0)};
   };
   const int64_t* id = ids.const_data_ptr<int64_t>();
   float* out = tile_lse.mutable_data_ptr<float>();
   float* out_entropy = tile_entropy.mutable_data_ptr<float>();
   float* z_target = target_logit.mutable_data_ptr<float>();
-  for_each_unit<Scratch>(blocks * ranges, [&](int64_t unit, Scratch& s) {
+  for_each_unit(blocks * ranges, scratch, [&](int64_t unit, Scratch& s) {
     const int64_t first = unit / ranges * size, range = unit % ranges;
-    s.block.pack(h, tokens, first, std::min<int64_t>(size, static_cast<int64_t>(tokens.size()) - first));
+    s.block.pack(h, tokens.data(), first, std::min<int64_t>(size, static_cast<int64_t>(tokens.size()) - first));
     for (int64_t t = T * range / ranges; t < T * (range + 1) / ranges; ++t) {
       const int64_t rows = std::min(TILE, w.rows - t * TILE);
-      tile_logits(w, t, s.block, b, head, s.copy, s.z.data());
-      set_targets_apart(s.z.data(), t, rows, s.block, tokens, id, z_target);
-      tiles.log_sum_exp(s.z.data(), rows, s.block.columns, s.lse, with_entropy ? s.entropy : nullptr);
+      tile_logits(w, t, s.block, b, head, s.copy, s.z);
+      set_targets_apart(s.z, t, rows, s.block, tokens, id, z_target);
+      tiles.log_sum_exp(s.z, rows, s.block.columns, s.lse, with_entropy ? s.entropy : nullptr);
       scatter(s.lse, s.block, tokens, out + t * N);
       if (with_entropy) scatter(s.entropy, s.block, tokens, out_entropy + t * N);
     }

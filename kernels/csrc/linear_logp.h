@@ -16,15 +16,17 @@ at::Tensor new_tile_lse(int64_t tiles, int64_t tokens, size_t scored);
 
 // A block of the scored tokens, their hidden states packed as the right operand of every tile's product.
 struct PackedBlock {
+  char* hidden;
   int64_t first = -1, count = 0, columns = 0;  // tokens rows[first], ..., and their number, also padded
-  std::vector<char> hidden;
 
-  void pack(const Matrix& matrix, const std::vector<int32_t>& rows, int64_t from, int64_t many);
+  PackedBlock(const Matrix& matrix, int64_t size, Arena& arena)
+      : hidden(arena.take<char>(size * matrix.depth * matrix.arithmetic.product_size)) {}
+  void pack(const Matrix& matrix, const int32_t* rows, int64_t from, int64_t many);
 };
 
 // The logits of a tile for a block, (rows of the tile, columns); `copy` is scratch.
 void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias, Head head,
-                 std::vector<char>& copy, float* z);
+                 char* copy, float* z);
 
 // Takes the targets' logits out of a tile's: into `target_logit`, -inf in their place.
 void set_targets_apart(float* z, int64_t tile, int64_t rows, const PackedBlock& block,

@@ -22,9 +22,13 @@
 namespace stepkto {
 namespace {
 
-constexpr int64_t SLICE = 256;   // columns of dW and dhidden that a unit owns
-constexpr int64_t RANGE = 1024;  // tokens of dhidden that a unit owns
-constexpr int64_t GROUP = 4;     // tiles that share a packed block where all have the same tokens
+constexpr int64_t WEIGHT_SLICE = 256;  // columns of dW that a unit owns
+constexpr int64_t SLICE = 128;         // columns of dhidden that a unit owns
+constexpr int64_t RANGE = 1024;        // tokens of them
+constexpr int64_t GROUP = 4;           // tiles that share a packed block where all have the same tokens
+// The workspace's share of the logits, had they the operands' type. Every chunk reads and writes all sums of dhidden,
+// and where all pairs are visited that is the larger part of what chunks cost.
+constexpr int64_t ROUTED_SHARE = 128, DENSE_SHARE = 40;
 
 class Backward {
  public:
@@ -45,7 +49,9 @@ class Backward {
     const int64_t rest_size = h_.arithmetic.pack->rest_size;
     if (dhidden.defined()) rest_ = at::empty({h_.rows * h_.D * rest_size}, at::TensorOptions(at::kByte));
     const int64_t row_bytes = 2 * TILE * h_.arithmetic.product_size;
-    const int64_t some_rows = padded(std::max<int64_t>(workspace_bytes / row_bytes, LANES), LANES);
+    const int64_t logits = h_.rows * w_.rows * h_.arithmetic.product_size;
+    const int64_t share = logits / (routing_.dense ? DENSE_SHARE : ROUTED_SHARE);
+    const int64_t some_rows = padded(std::max<int64_t>(std::min(workspace_bytes, share) / row_bytes, LANES), LANES);
     int64_t rows = 0;
     std::vector<Chunk> chunks;
     for (int64_t t = 0; t < T_; ++t) {
@@ -124,14 +130,17 @@ class Backward {
     }
     struct Scratch {
       PackedBlock block;
-      std::vector<int32_t> tokens;
-      std::vector<char> copy;
-      std::vector<float> z = std::vector<float>(TILE * BLOCK);
+      char* copy;
+      float* z;
       float lse[BLOCK], g[BLOCK], g_H[BLOCK], H[BLOCK];
+    };
+    const auto scratch = [&](Arena& arena) {
+      return Scratch{PackedBlock(h_, size_, arena), arena.take<char>(w_.copy_bytes()),
+                     arena.take<float>(TILE * size_), {}, {}, {}, {}};
     };
     const int64_t together = routing_.dense ? std::min(GROUP, chunk.tiles()) : 1;
     const int64_t units = (static_cast<int64_t>(blocks.size()) + together - 1) / together;
-    for_each_unit<Scratch>(units, [&](int64_t unit, Scratch& s) {
+    for_each_unit(units, scratch, [&](int64_t unit, Scratch& s) {
       const int64_t stop = std::min<int64_t>((unit + 1) * together, blocks.size());
       for (int64_t k = unit * together; k < stop; ++k) gradients_of_block(chunk, blocks[k], s);
     });
@@ -143,8 +152,7 @@ class Backward {
     const int32_t* token = tokens(chunk, at.tile) + at.first;
     const int64_t count = std::min(size_, visitors(chunk, at.tile) - at.first);
     if (!routing_.dense || s.block.first != at.first) {
-      s.tokens.assign(token, token + count);
-      s.block.pack(h_, s.tokens, 0, count);
+      s.block.pack(h_, token, 0, count);
       s.block.first = at.first;
       const float* lse = lse_.const_data_ptr<float>();
       for (int64_t j = 0; j < s.block.columns; ++j) {  // padding: packed as zeros, probabilities of 0
@@ -156,7 +164,7 @@ class Backward {
         s.H[j] = real ? entropy_->const_data_ptr<float>()[token[j]] : 0.0f;
       }
     }
-    float* z = s.z.data();
+    float* z = s.z;
     const int64_t columns = s.block.columns;
     tile_logits(w_, tile, s.block, bias_, head_, s.copy, z);
     const int64_t* id = target_.const_data_ptr<int64_t>();
@@ -188,13 +196,17 @@ class Backward {
   void multiply_weight(const Chunk& chunk) {
     const int64_t together = routing_.dense ? std::min(GROUP, chunk.tiles()) : 1;
     const int64_t groups = (chunk.tiles() + together - 1) / together;
-    const int64_t slices = dweight_.defined() ? (h_.D + SLICE - 1) / SLICE : 0;
+    const int64_t slices = dweight_.defined() ? (h_.D + WEIGHT_SLICE - 1) / WEIGHT_SLICE : 0;
     struct Scratch {
-      std::vector<char> operand;
-      std::vector<float> sums = std::vector<float>(GROUP * TILE * SLICE);
+      char* operand;
+      float* sums;
     };
-    for_each_unit<Scratch>(groups * slices, [&](int64_t unit, Scratch& s) {
-      const int64_t group = unit / slices, column = unit % slices * SLICE, columns = std::min(SLICE, h_.D - column);
+    const auto scratch = [&](Arena& arena) {
+      return Scratch{arena.take<char>(size_ * WEIGHT_SLICE * h_.arithmetic.product_size),
+                     arena.take<float>(together * TILE * WEIGHT_SLICE)};
+    };
+    for_each_unit(groups * slices, scratch, [&](int64_t unit, Scratch& s) {
+      const int64_t group = unit / slices, column = unit % slices * WEIGHT_SLICE, columns = std::min(WEIGHT_SLICE, h_.D - column);
       const int64_t first = group * together, stop = std::min(first + together, chunk.tiles());
       const int32_t* token = tokens(chunk, first);
       for (int64_t j = 0; j < visitors(chunk, first); j += size_) {
@@ -204,15 +216,15 @@ class Backward {
         for (int64_t i = first; i < stop; ++i) {
           h_.arithmetic.multiply(rows_of_tile(chunk.first_tile + i), columns, depth,
                                  workspace(gradients_, chunk.offset[i] + j), depth, b, stride,
-                                 s.sums.data() + (i - first) * TILE * SLICE, SLICE, j > 0);
+                                 s.sums + (i - first) * TILE * WEIGHT_SLICE, WEIGHT_SLICE, j > 0);
         }
       }
       for (int64_t i = first; i < stop; ++i) {
         const int64_t row = (chunk.first_tile + i) * TILE;
-        float* sums = s.sums.data() + (i - first) * TILE * SLICE;
-        if (visitors(chunk, i) == 0) std::fill_n(sums, TILE * SLICE, 0.0f);
+        float* sums = s.sums + (i - first) * TILE * WEIGHT_SLICE;
+        if (visitors(chunk, i) == 0) std::fill_n(sums, TILE * WEIGHT_SLICE, 0.0f);
         char* out = static_cast<char*>(dweight_.mutable_data_ptr()) + (row * h_.D + column) * h_.arithmetic.input_size;
-        h_.arithmetic.pack->store(sums, SLICE, rows_of_tile(chunk.first_tile + i), columns, out, h_.D);
+        h_.arithmetic.pack->store(sums, WEIGHT_SLICE, rows_of_tile(chunk.first_tile + i), columns, out, h_.D);
       }
     });
     if (!dbias_.defined()) return;
@@ -232,30 +244,33 @@ class Backward {
 
   // Rows of `matrix`, `count` listed ones (or all from `token`'s on), as a right operand (depth, columns)
   static const void* right_operand(const Matrix& matrix, const int32_t* token, int64_t count, int64_t depth,
-                                   int64_t column, int64_t columns, std::vector<char>& copy, int64_t& stride) {
+                                   int64_t column, int64_t columns, char* copy, int64_t& stride) {
     const bool run = token[count - 1] - token[0] == count - 1;
     if (run && depth == count && !matrix.arithmetic.as_bf16 && !matrix.copies()) {
       stride = matrix.stride;
       return static_cast<const float*>(matrix.row(token[0])) + column;
     }
     stride = columns;
-    copy.resize(depth * columns * matrix.arithmetic.product_size);
-    matrix.arithmetic.pack->pack_rows(matrix.row(0), matrix.stride, token, count, depth, column, columns, copy.data());
-    return copy.data();
+    matrix.arithmetic.pack->pack_rows(matrix.row(0), matrix.stride, token, count, depth, column, columns, copy);
+    return copy;
   }
 
   void multiply_hidden(const Chunk& chunk, bool is_first) {
     const int64_t ranges = (h_.rows + RANGE - 1) / RANGE, slices = (h_.D + SLICE - 1) / SLICE;
     struct Scratch {
-      std::vector<char> operand;
-      std::vector<float> product = std::vector<float>(BLOCK * SLICE), sums = std::vector<float>(RANGE * SLICE);
+      char* operand;
+      float *product, *sums;
     };
-    for_each_unit<Scratch>(ranges * slices, [&](int64_t unit, Scratch& s) {
+    const auto scratch = [&](Arena& arena) {
+      return Scratch{arena.take<char>(TILE * SLICE * h_.arithmetic.product_size), arena.take<float>(BLOCK * SLICE),
+                     arena.take<float>(std::min(RANGE, h_.rows) * SLICE)};
+    };
+    for_each_unit(ranges * slices, scratch, [&](int64_t unit, Scratch& s) {
       const int64_t first = unit / slices * RANGE, stop = std::min(first + RANGE, h_.rows);
       const int64_t column = unit % slices * SLICE, columns = std::min(SLICE, h_.D - column);
       const OperandKernels& pack = *h_.arithmetic.pack;
       for (int64_t n = first; n < stop; ++n) {
-        float* sums = s.sums.data() + (n - first) * columns;
+        float* sums = s.sums + (n - first) * columns;
         if (is_first) {
           std::fill_n(sums, columns, 0.0f);
         } else {
@@ -264,7 +279,7 @@ class Backward {
       }
       for (int64_t i = 0; i < chunk.tiles(); ++i) add_tile(chunk, i, first, stop, column, columns, s);
       for (int64_t n = first; n < stop; ++n) {
-        pack.store_sums(s.sums.data() + (n - first) * columns, n * h_.D + column, columns, dhidden_.mutable_data_ptr(),
+        pack.store_sums(s.sums + (n - first) * columns, n * h_.D + column, columns, dhidden_.mutable_data_ptr(),
                         rest_.mutable_data_ptr());
       }
     });
@@ -286,21 +301,19 @@ class Backward {
       b = static_cast<const float*>(w_.row(tile * TILE)) + column;
     } else {
       stride = columns;
-      s.operand.resize(depth * columns * w_.arithmetic.product_size);
-      w_.arithmetic.pack->pack_rows(w_.row(tile * TILE), w_.stride, nullptr, rows, depth, column, columns,
-                                    s.operand.data());
-      b = s.operand.data();
+      w_.arithmetic.pack->pack_rows(w_.row(tile * TILE), w_.stride, nullptr, rows, depth, column, columns, s.operand);
+      b = s.operand;
     }
     for (; from < to; from += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, to - from);
       const char* a = workspace(transposed_, chunk.offset[i] + (from - token));
       if (from[count - 1] - from[0] == count - 1 && count == BLOCK) {
         h_.arithmetic.multiply(count, columns, depth, a, TILE, b, stride,
-                               s.sums.data() + (from[0] - first) * columns, columns, true);
+                               s.sums + (from[0] - first) * columns, columns, true);
       } else {
-        h_.arithmetic.multiply(padded(count, LANES), columns, depth, a, TILE, b, stride, s.product.data(), columns,
+        h_.arithmetic.multiply(padded(count, LANES), columns, depth, a, TILE, b, stride, s.product, columns,
                                false);
-        tile_kernels().add_rows(s.product.data(), from, first, count, columns, s.sums.data());
+        tile_kernels().add_rows(s.product, from, first, count, columns, s.sums);
       }
     }
   }

@@ -36,9 +36,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
   const int64_t ranges = ranges_of_tiles(blocks, T);
   struct Scratch {
     PackedBlock block, ref_block;
-    std::vector<char> copy;
-    std::vector<float> z = std::vector<float>(TILE * BLOCK), y = std::vector<float>(TILE * BLOCK);
-    float lse[BLOCK], ref_lse[BLOCK], kl[BLOCK];
+    char* copy;
+    float *z, *y, *lse, *ref_lse, *kl;
+  };
+  const auto scratch = [&](Arena& arena) {
+    PackedBlock block(h, size, arena), ref_block(ref_h, size, arena);
+    char* copy = arena.take<char>(std::max(w.copy_bytes(), ref_w.copy_bytes()));
+    float* z = arena.take<float>(TILE * size);
+    float* y = arena.take<float>(TILE * size);
+    float* lse = arena.take<float>(size);
+    float* ref_lse = arena.take<float>(size);
+    return Scratch{block, ref_block, copy, z, y, lse, ref_lse, arena.take<float>(size)};
   };
   const int64_t* id = ids.const_data_ptr<int64_t>();
   float* of_tiles = tile_lse.mutable_data_ptr<float>();
@@ -46,18 +54,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
   float* kl_of_tiles = tile_kl.mutable_data_ptr<float>();
   float* z_target = target_logit.mutable_data_ptr<float>();
   float* y_target = z_target + N;
-  for_each_unit<Scratch>(blocks * ranges, [&](int64_t unit, Scratch& s) {
+  for_each_unit(blocks * ranges, scratch, [&](int64_t unit, Scratch& s) {
     const int64_t first = unit / ranges * size, range = unit % ranges;
     const int64_t count = std::min<int64_t>(size, static_cast<int64_t>(tokens.size()) - first);
-    s.block.pack(h, tokens, first, count);
-    s.ref_block.pack(ref_h, tokens, first, count);
+    s.block.pack(h, tokens.data(), first, count);
+    s.ref_block.pack(ref_h, tokens.data(), first, count);
     for (int64_t t = T * range / ranges; t < T * (range + 1) / ranges; ++t) {
       const int64_t rows = std::min(TILE, w.rows - t * TILE);
-      tile_logits(w, t, s.block, b, head, s.copy, s.z.data());
-      tile_logits(ref_w, t, s.ref_block, ref_b, head, s.copy, s.y.data());
-      set_targets_apart(s.z.data(), t, rows, s.block, tokens, id, z_target);
-      set_targets_apart(s.y.data(), t, rows, s.ref_block, tokens, id, y_target);
-      tiles.kl(s.z.data(), s.y.data(), rows, s.block.columns, s.lse, s.ref_lse, s.kl);
+      tile_logits(w, t, s.block, b, head, s.copy, s.z);
+      tile_logits(ref_w, t, s.ref_block, ref_b, head, s.copy, s.y);
+      set_targets_apart(s.z, t, rows, s.block, tokens, id, z_target);
+      set_targets_apart(s.y, t, rows, s.ref_block, tokens, id, y_target);
+      tiles.kl(s.z, s.y, rows, s.block.columns, s.lse, s.ref_lse, s.kl);
       scatter(s.lse, s.block, tokens, of_tiles + t * N);
       scatter(s.ref_lse, s.block, tokens, ref_of_tiles + t * N);
       scatter(s.kl, s.block, tokens, kl_of_tiles + t * N);

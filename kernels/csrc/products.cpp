@@ -74,15 +74,14 @@ bool Matrix::copies() const {
   return far || depth != D || arithmetic.product_size != arithmetic.input_size;
 }
 
-const void* Matrix::left(int64_t first, int64_t count, std::vector<char>& copy, int64_t& operand_stride) const {
+const void* Matrix::left(int64_t first, int64_t count, char* copy, int64_t& operand_stride) const {
   if (!copies()) {
     operand_stride = stride;
     return row(first);
   }
-  copy.resize(count * depth * arithmetic.product_size);
-  arithmetic.pack->copy_rows(row(first), stride, count, D, depth, copy.data());
+  arithmetic.pack->copy_rows(row(first), stride, count, D, depth, copy);
   operand_stride = depth;
-  return copy.data();
+  return copy;
 }
 
 Head head_of(double logit_scale, const std::optional<double>& softcap, double temperature) {

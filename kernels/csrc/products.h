@@ -6,6 +6,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -41,8 +42,10 @@ struct Matrix {
   explicit Matrix(const at::Tensor& x);
   const void* row(int64_t i) const;
   // rows [first, first + count) as a left operand (count, depth): themselves where they can be read so, else copied
-  const void* left(int64_t first, int64_t count, std::vector<char>& copy, int64_t& operand_stride) const;
+  const void* left(int64_t first, int64_t count, char* copy, int64_t& operand_stride) const;
   bool copies() const;
+  // bytes of `copy` for a tile's rows
+  int64_t copy_bytes() const { return copies() ? TILE * depth * arithmetic.product_size : 0; }
 };
 
 Head head_of(double logit_scale, const std::optional<double>& softcap, double temperature);
@@ -56,14 +59,40 @@ int64_t tokens_of_block(int64_t bytes_per_token);
 // After a thread's last product: gives back what the processor keeps for them
 void release_products();
 
-// function(unit, scratch) for every unit, whichever thread is free; `scratch` is the thread's own
-template <typename Scratch, typename Function>
-void for_each_unit(int64_t units, const Function& function) {
-  std::atomic<int64_t> next{0};
+// Hands out parts of a thread's memory, or with no memory only counts them.
+class Arena {
+ public:
+  explicit Arena(char* memory) : memory_(memory) {}
+  template <typename T>
+  T* take(int64_t count) {
+    char* part = memory_ ? memory_ + used_ : nullptr;
+    used_ += padded(count * static_cast<int64_t>(sizeof(T)), 64);
+    return reinterpret_cast<T*>(part);
+  }
+  int64_t used() const { return used_; }
+
+ private:
+  char* memory_;
+  int64_t used_ = 0;
+};
+
+// function(unit, scratch) for every unit, whichever thread is free; each thread has a scratch of its own, made by
+// make(arena), all in one allocation of the calling thread: allocators keep what other threads free.
+template <typename Make, typename Function>
+void for_each_unit(int64_t units, const Make& make, const Function& function) {
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), units);
+  if (threads == 0) return;
+  Arena counted(nullptr);
+  make(counted);
+  const int64_t bytes = counted.used();
+  const std::unique_ptr<char[]> memory(new char[threads * bytes + 64]);
+  char* begin_of_memory = memory.get();
+  begin_of_memory += -reinterpret_cast<intptr_t>(begin_of_memory) & 63;
+  std::atomic<int64_t> next{0};
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     for (int64_t thread = begin; thread < end; ++thread) {
-      Scratch scratch;
+      Arena arena(begin_of_memory + thread * bytes);
+      auto scratch = make(arena);
       for (int64_t unit = next++; unit < units; unit = next++) function(unit, scratch);
       release_products();
     }

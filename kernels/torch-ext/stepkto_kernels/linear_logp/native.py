@@ -5,7 +5,7 @@ from torch import Tensor
 from ..native import functions
 from ..routing import Routing, record, watching
 
-WORKSPACE_BYTES = 2**22  # for gradients of logits; more, 512 bytes a token in bf16, only past 8192 tokens
+WORKSPACE_BYTES = 2**26  # for gradients of logits, at most; more, 512 bytes a token in bf16, only past 131072 tokens
 
 
 def linear_logp_forward(
