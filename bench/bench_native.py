@@ -31,7 +31,7 @@ SMALL = (Shape("small", 256, 512, 8192, completion=64),)
 GOALS = (Shape("32k", 2048, 1024, 32768), Shape("152k", 4096, 896, 151936))
 SHAPES = {shape.name: shape for shape in SMALL + GOALS}
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-PEAKED, FLAT = "peaked 0.3", "flat"
+PEAKED, FLAT = "peaked 0.6", "flat"
 FORWARD, BOTH = "forward", "forward and backward"
 NATIVE, FILTER_EPS = "native", 2.0**-9
 LARGE = 1e12  # operations: beyond, only what a goal is about, and peers run once

@@ -11,7 +11,15 @@ import pytest
 import stepkto_kernels
 import torch
 from on_backends import needs
-from stepkto_kernels import backend, backends, linear_logp, linear_logp_entropy, linear_logp_kl, native, reference_points
+from stepkto_kernels import (
+    backend,
+    backends,
+    linear_logp,
+    linear_logp_entropy,
+    linear_logp_kl,
+    native,
+    reference_points,
+)
 from stepkto_kernels.linear_logp import native as head
 from stepkto_kernels.linear_logp import reference as truth
 
@@ -203,7 +211,7 @@ def test_memory_beyond_inputs_and_gradients_is_a_twentieth_of_the_logits(scale):
 
 def test_fp64_is_left_to_the_reference():
     hidden, weight, _, target = problem(3, 4, 5, torch.float64)
-    with backend("native"), pytest.raises(RuntimeError, match="products are in fp32 and .* float64"):
+    with backend("native"), pytest.raises(RuntimeError, match=r"products are in fp32 and .* float64"):
         linear_logp(hidden, weight, target)
     assert linear_logp(hidden, weight, target).dtype == torch.float64
     assert backends.choose("linear_logp", hidden) is backends._KERNELS["linear_logp"]["reference"]

@@ -43,6 +43,9 @@ def head(who, seconds, way=BOTH, inputs=PEAKED, shape="32k", dtype="bf16", **ext
     return bench(who, seconds, **facts, **extra)
 
 
+PLANTED = {"inputs": "planted", "way": "filter_eps 0.00195"}
+
+
 def results(rho=0.05):
     return {
         "machine_info": MACHINE,
@@ -51,7 +54,7 @@ def results(rho=0.05):
         "not_timed": {"one": "Skipped: no TRL", "two": "Skipped: no TRL"},
         "benchmarks": [
             head("bare products", 0.4, FORWARD),
-            head("ours, native", 0.3, FORWARD, logp_error=2e-6, peak_share=0.01),
+            head("ours, native", 0.3, FORWARD, logp_error=2e-6, peak_share=0.01, peak_share_fp32=0.03),
             head("bare products", 1.0),
             head("ours, native", 0.4, rho=rho, path="routed", logp_error=3e-6, gradient_error=1e-3, peak_share=0.06),
             head("ours, native, exact", 1.4, logp_error=3e-6),
@@ -64,8 +67,8 @@ def results(rho=0.05):
             head("bare products", 1.0, inputs="flat"),
             head("ours, native", 1.6, inputs="flat", rho=1.0, path="dense"),
             bench("ours, native", 0.0123, suite="step_kto", shape="(500, 100, 20)", dtype="fp32"),
-            bench("ours, native", 0.5, suite="training_step", shape="goal", dtype="fp32"),
-            bench("ours, reference", 1.1, suite="training_step", shape="goal", dtype="fp32"),
+            bench("ours, native", 0.5, suite="training_step", shape="goal", dtype="fp32", **PLANTED),
+            bench("ours, reference", 1.1, suite="training_step", shape="goal", dtype="fp32", **PLANTED),
         ],
     }
 
@@ -76,7 +79,7 @@ def goals(data):
 
 def test_goals_are_met_missed_or_not_measured():
     found = goals(results())
-    assert [(g.status, g.found) for g in found[:10]] == [
+    assert [(g.status, g.found) for g in found[:11]] == [
         ("met", pytest.approx(0.75)),  # forward
         ("met", pytest.approx(0.4)),  # at rho <= 0.1
         ("met", pytest.approx(1.4)),  # exact
@@ -87,19 +90,20 @@ def test_goals_are_met_missed_or_not_measured():
         ("not measured", None),  # TRL
         ("met", 3e-6),
         ("missed", 0.06),
+        ("met", 0.03),
     ]
-    assert {g.status for g in found[10:-3]} == {"not measured"}
-    assert len(found) == 4 * 10 + 3
+    assert {g.status for g in found[11:-3]} == {"not measured"}
+    assert len(found) == 2 * (11 + 10) + 3  # in fp32 both memory goals are one
     assert [(g.status, g.found) for g in found[-3:]] == [
         ("missed", pytest.approx(12.3)),
-        ("met", pytest.approx(2.2)),
         ("not measured", None),
+        ("met", pytest.approx(2.2)),
     ]
 
 
 def test_what_leaves_more_to_visit_says_nothing_of_sparse_goals():
-    status = [g.status for g in goals(results(rho=0.2))[:10]]
-    assert status == ["met", "not measured", "met", "missed", *["not measured"] * 4, "met", "missed"]
+    status = [g.status for g in goals(results(rho=0.2))[:11]]
+    assert status == ["met", "not measured", "met", "missed", *["not measured"] * 4, "met", "missed", "met"]
     unknown = results()
     del next(b for b in unknown["benchmarks"] if "rho" in b["extra_info"])["extra_info"]["rho"]
     assert goals(unknown)[1].status == "not measured"

@@ -11,6 +11,10 @@
 #include <ATen/ops/zeros.h>
 #include <c10/util/Exception.h>
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -30,6 +34,18 @@ constexpr int64_t GROUP = 4;           // tiles that share a packed block where 
 // and where all pairs are visited that is the larger part of what chunks cost.
 constexpr int64_t ROUTED_SHARE = 128, DENSE_SHARE = 40;
 
+// Asks for huge pages: a gradient of a head is fresh memory each time, and writing it costs as much as mapping it.
+void map_coarsely(const at::Tensor& x) {
+#ifdef MADV_HUGEPAGE
+  constexpr uintptr_t HUGE = uintptr_t{1} << 21;
+  const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
+  const uintptr_t first = (begin + HUGE - 1) & ~(HUGE - 1), last = (begin + x.nbytes()) & ~(HUGE - 1);
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failing is fine
+#else
+  (void)x;
+#endif
+}
+
 class Backward {
  public:
   Backward(const at::Tensor& grad_logp, const std::optional<at::Tensor>& grad_entropy, const at::Tensor& hidden,
@@ -45,6 +61,7 @@ class Backward {
     dhidden_ = dhidden;
     dweight_ = dweight;
     dbias_ = dbias;
+    if (dweight.defined()) map_coarsely(dweight);
     routing_ = route(live_tokens(ignore_index), target_, logp_, lse_, tile_lse_, entropy_, filter_eps);
     const int64_t rest_size = h_.arithmetic.pack->rest_size;
     if (dhidden.defined()) rest_ = at::empty({h_.rows * h_.D * rest_size}, at::TensorOptions(at::kByte));

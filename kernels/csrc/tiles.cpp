@@ -446,9 +446,9 @@ void store(const float* x, int64_t stride, int64_t rows, int64_t columns, void* 
 template <typename In>
 void load_sums(const void* sums, const void* rest, int64_t at, int64_t count, float* out) {
   if constexpr (std::is_same_v<In, BFloat16>) {
-    const uint16_t* high = static_cast<const uint16_t*>(sums) + at;
-    const uint8_t* low = static_cast<const uint8_t*>(rest) + at;
-    uint32_t* to = reinterpret_cast<uint32_t*>(out);
+    const uint16_t* __restrict__ high = static_cast<const uint16_t*>(sums) + at;
+    const uint8_t* __restrict__ low = static_cast<const uint8_t*>(rest) + at;  // may alias all else without the word
+    uint32_t* __restrict__ to = reinterpret_cast<uint32_t*>(out);
     for (int64_t i = 0; i < count; ++i) to[i] = (static_cast<uint32_t>(high[i]) << 16) | (uint32_t{low[i]} << 8);
   } else {
     const void* from = std::is_same_v<In, float> ? sums : rest;
@@ -459,9 +459,9 @@ void load_sums(const void* sums, const void* rest, int64_t at, int64_t count, fl
 template <typename In>
 void store_sums(const float* x, int64_t at, int64_t count, void* sums, void* rest) {
   if constexpr (std::is_same_v<In, BFloat16>) {
-    uint16_t* high = static_cast<uint16_t*>(sums) + at;
-    uint8_t* low = static_cast<uint8_t*>(rest) + at;
-    const uint32_t* from = reinterpret_cast<const uint32_t*>(x);
+    uint16_t* __restrict__ high = static_cast<uint16_t*>(sums) + at;
+    uint8_t* __restrict__ low = static_cast<uint8_t*>(rest) + at;
+    const uint32_t* __restrict__ from = reinterpret_cast<const uint32_t*>(x);
     for (int64_t i = 0; i < count; ++i) {
       const uint32_t b = (from[i] & 0x7fffffffu) > 0x7f800000u ? 0x7fc00000u : from[i] + 0x80u;
       high[i] = static_cast<uint16_t>(b >> 16);
@@ -476,8 +476,8 @@ void store_sums(const float* x, int64_t at, int64_t count, void* sums, void* res
 template <typename In>
 void finish_sums(void* sums, const void* rest, int64_t at, int64_t count) {
   if constexpr (std::is_same_v<In, BFloat16>) {
-    uint16_t* high = static_cast<uint16_t*>(sums) + at;
-    const uint8_t* low = static_cast<const uint8_t*>(rest) + at;
+    uint16_t* __restrict__ high = static_cast<uint16_t*>(sums) + at;
+    const uint8_t* __restrict__ low = static_cast<const uint8_t*>(rest) + at;
     for (int64_t i = 0; i < count; ++i) high[i] += (low[i] + (high[i] & 1)) > 0x80;  // to nearest, ties to even
   } else if constexpr (std::is_same_v<In, Half>) {
     convert(static_cast<const float*>(rest) + at, count, static_cast<Half*>(sums) + at);

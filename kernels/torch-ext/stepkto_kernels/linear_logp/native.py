@@ -11,9 +11,8 @@ WORKSPACE_BYTES = 2**26  # for gradients of logits, at most; more, 512 bytes a t
 def linear_logp_forward(
     hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, bias_V: Tensor | None, *options_store_probs
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return linear_logp_entropy_forward(hidden_ND, weight_VD, target_N, bias_V, *options_store_probs, with_entropy=False)[
-        :4
-    ]
+    operands = hidden_ND, weight_VD, target_N, bias_V
+    return linear_logp_entropy_forward(*operands, *options_store_probs, with_entropy=False)[:4]
 
 
 def linear_logp_entropy_forward(
