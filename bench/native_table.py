@@ -21,7 +21,7 @@ KTO, KTO_REFERENCE = "ours, native, linear_step_kto", "ours, native, linear_step
 LIGER, LIGER_REFERENCE = "Liger KTO", "Liger KTO with its reference"
 PLACES = [(shape, dtype) for shape in ("32k", "152k") for dtype in ("bf16", "fp32")]
 MOST_RHO = 0.1
-LOGP_ERROR, PEAK_SHARE = 1e-5, 0.05
+LOGP_ERROR = 1e-5
 STEP_KTO = "(500, 100, 20)"  # a million tokens in 50,000 steps
 
 
@@ -95,10 +95,6 @@ def head_goals(rows: Rows, shape: str, dtype: str) -> list[Goal]:
         beats(2.0, LIGER_REFERENCE, f"{LIGER_REFERENCE}, compiled", mine=KTO_REFERENCE),
         beats(8.0 if dtype == "bf16" else 4.0, "TRL"),
         Goal("largest error of a log-probability, nats", LOGP_ERROR, found=here.worst("logp_error")),
-        *(
-            Goal(f"peak memory beyond inputs and gradients, over the logits in {of}", PEAK_SHARE, found=here.worst(key))
-            for of, key in dict(((dtype, "peak_share"), ("fp32", "peak_share_fp32"))).items()
-        ),
     ]
     return [goal._replace(text=f"{shape} {dtype}: {goal.text}") for goal in goals]
 

@@ -19,6 +19,7 @@ from stepkto_kernels import (
     linear_logp_kl,
     native,
     reference_points,
+    watch,
 )
 from stepkto_kernels.linear_logp import native as head
 from stepkto_kernels.linear_logp import reference as truth
@@ -66,9 +67,10 @@ def test_on_lesser_processors(capability, products, expected):
     """The tests of values and gradients again, with what this processor has and a lesser one lacks switched off."""
     environment = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": products}
     print_it = "from stepkto_kernels import native; native.missing(); print(native.functions().instruction_set())"
-    found = run(print_it, **environment).stdout.strip()
-    if found != expected:
-        pytest.skip(f"this processor gives {found!r}")
+    asked = run(print_it, **environment)
+    assert asked.returncode == 0, asked.stderr
+    if asked.stdout.strip() != expected:
+        pytest.skip(f"this processor gives {asked.stdout.strip()!r}")
     code = f"""
         import pytest, sys
         files = [{str(TESTS)!r} + "/test_" + name + ".py" for name in ("linear_logp", "linear_logp_kl", "routing")]
@@ -86,7 +88,7 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype, filter_eps):
     hidden, weight, bias, target = problem(700, 140, 1500, dtype)
     target[::7] = -100
     before = torch.get_num_threads()
-    found = []
+    values_N, found = torch.randn(100_000), []
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
@@ -94,9 +96,8 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype, filter_eps):
                 pair = functools.partial(linear_logp_entropy, target=target, filter_eps=filter_eps)
                 values = results(lambda h, w, b: pair(h, w, bias=b), hidden, weight, bias, cotangent=0.7)  # noqa: B023
                 kl = linear_logp_kl(hidden, weight, hidden * 0.9, weight, target)
-                points = reference_points(torch.randn(100_000), *(torch.tensor([0, 100_000], dtype=torch.int32),) * 2)
-                assert torch.isfinite(points.outcome_sum)
-                found.append((*values, *kl))
+                points = reference_points(values_N, *[torch.tensor([0, len(values_N)], dtype=torch.int32)] * 2)
+                found.append((*values, *kl, *points))
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
@@ -105,7 +106,7 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype, filter_eps):
 
 @pytest.mark.parametrize("filter_eps", [0.0, 2**-6])
 def test_the_workspace_changes_nothing_in_fp32(filter_eps, monkeypatch):
-    hidden, weight, bias, target = problem(300, 40, 1500, torch.float32)
+    hidden, weight, bias, target = problem(300, 8, 60_000, torch.float32)  # chunks of several tiles, and of one
 
     def gradients():
         with backend("native"):
@@ -115,6 +116,63 @@ def test_the_workspace_changes_nothing_in_fp32(filter_eps, monkeypatch):
     whole = gradients()
     monkeypatch.setattr(head, "WORKSPACE_BYTES", 1)
     assert all(torch.equal(a, b) for a, b in zip(whole, gradients(), strict=True))
+
+
+@pytest.mark.parametrize("filter_eps", [0.0, 2**-9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_chunks_of_several_tiles_and_blocks_against_the_truth(dtype, filter_eps):
+    hidden, weight, bias, target = problem(300, 8, 60_000, dtype)
+    target[[5, 100]] = -100
+    grad = torch.randn(300, generator=torch.Generator().manual_seed(1))
+    grad[20:30] = 0
+    with backend("native"), watch() as calls:
+        found = results(
+            lambda h, w, b: linear_logp(h, w, target, bias=b, filter_eps=filter_eps),
+            hidden, weight, bias, cotangent=grad,
+        )  # fmt: skip
+    leaves = [x.double() for x in (hidden, weight, bias)]
+    exact = results(lambda h, w, b: truth.linear_logp(h, w, target, bias=b), *leaves, cotangent=grad.double())
+    assert calls[0].path == ("dense" if filter_eps == 0 else "routed")
+    torch.testing.assert_close(found[0].double(), exact[0], rtol=0, atol=1e-5)
+    # bf16 rounds every dL/dz, independently; what is left out weighs up to its share of a gradient's L1 norm
+    rounding = 1e-5 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for a, b in zip(found[1:], exact[1:], strict=True):
+        assert (a.double() - b).norm() <= (rounding + 2 * filter_eps) * b.norm()
+
+
+def test_a_target_that_is_impossible_spoils_no_gradient():
+    """A logit of -inf, as a mask on the vocabulary gives: its log-probability is -inf, all else stays finite."""
+    hidden, weight, bias = torch.ones(2, 1), torch.zeros(3, 1), torch.tensor([0, -float("inf"), 0])
+    with backend("native"):
+        logp, *gradients = results(lambda h, w, b: linear_logp(h, w, torch.tensor([1, 0]), bias=b), hidden, weight, bias)
+    assert logp.tolist() == [-float("inf"), pytest.approx(-0.693147)]
+    assert all(torch.isfinite(x).all() for x in gradients)
+
+
+def test_an_infinite_logit_takes_all_probability():
+    with backend("native"):
+        logp = linear_logp(torch.tensor([[1e30]]), torch.tensor([[1.0], [1e30]]), torch.tensor([0]))
+    assert logp.item() == -float("inf")
+
+
+def test_a_head_of_one_row_may_have_any_stride():
+    weight = torch.randn(8, 1).T
+    hidden = torch.randn(5, 8)
+    with backend("native"):
+        logp, dhidden, _ = results(lambda h, w: linear_logp(h, w, torch.zeros(5, dtype=torch.int64)), hidden, weight)
+    assert logp.eq(0).all()
+    assert dhidden.eq(0).all()
+
+
+def test_products_can_be_switched_off_and_on_again():
+    hidden, weight, _, target = problem(20, 16, 300, torch.bfloat16)
+    with backend("native"):
+        before = linear_logp(hidden, weight, target)
+        with torch.backends.mkldnn.flags(enabled=False):
+            without = linear_logp(hidden, weight, target)
+        after = linear_logp(hidden, weight, target)
+    assert torch.equal(before, after)
+    torch.testing.assert_close(without, before, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -54,7 +54,7 @@ def results(rho=0.05):
         "not_timed": {"one": "Skipped: no TRL", "two": "Skipped: no TRL"},
         "benchmarks": [
             head("bare products", 0.4, FORWARD),
-            head("ours, native", 0.3, FORWARD, logp_error=2e-6, peak_share=0.01, peak_share_fp32=0.03),
+            head("ours, native", 0.3, FORWARD, logp_error=2e-6, peak_share=0.01),
             head("bare products", 1.0),
             head("ours, native", 0.4, rho=rho, path="routed", logp_error=3e-6, gradient_error=1e-3, peak_share=0.06),
             head("ours, native, exact", 1.4, logp_error=3e-6),
@@ -79,7 +79,7 @@ def goals(data):
 
 def test_goals_are_met_missed_or_not_measured():
     found = goals(results())
-    assert [(g.status, g.found) for g in found[:11]] == [
+    assert [(g.status, g.found) for g in found[:9]] == [
         ("met", pytest.approx(0.75)),  # forward
         ("met", pytest.approx(0.4)),  # at rho <= 0.1
         ("met", pytest.approx(1.4)),  # exact
@@ -89,11 +89,9 @@ def test_goals_are_met_missed_or_not_measured():
         ("met", pytest.approx(2.0)),  # Liger with its reference, exactly
         ("not measured", None),  # TRL
         ("met", 3e-6),
-        ("missed", 0.06),
-        ("met", 0.03),
     ]
-    assert {g.status for g in found[11:-3]} == {"not measured"}
-    assert len(found) == 2 * (11 + 10) + 3  # in fp32 both memory goals are one
+    assert {g.status for g in found[9:-3]} == {"not measured"}
+    assert len(found) == 4 * 9 + 3
     assert [(g.status, g.found) for g in found[-3:]] == [
         ("missed", pytest.approx(12.3)),
         ("not measured", None),
@@ -102,8 +100,8 @@ def test_goals_are_met_missed_or_not_measured():
 
 
 def test_what_leaves_more_to_visit_says_nothing_of_sparse_goals():
-    status = [g.status for g in goals(results(rho=0.2))[:11]]
-    assert status == ["met", "not measured", "met", "missed", *["not measured"] * 4, "met", "missed", "met"]
+    status = [g.status for g in goals(results(rho=0.2))[:9]]
+    assert status == ["met", "not measured", "met", "missed", *["not measured"] * 4, "met"]
     unknown = results()
     del next(b for b in unknown["benchmarks"] if "rho" in b["extra_info"])["extra_info"]["rho"]
     assert goals(unknown)[1].status == "not measured"

@@ -46,7 +46,8 @@ struct Outcome {
 inline Outcome outcome(double target_logit, double max, double sum) {
   if (sum == 0) return {target_logit, 0.0};
   const double rest = max + std::log(sum), above = rest - target_logit;
-  const double logp = above > 40 ? -above - std::exp(-above) : -std::log1p(std::exp(above));
+  if (above > 40) return {rest + std::exp(-above), -above - std::exp(-above)};  // of a logit of -inf, too
+  const double logp = -std::log1p(std::exp(above));
   return {target_logit - logp, logp};
 }
 

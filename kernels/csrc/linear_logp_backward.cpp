@@ -8,8 +8,6 @@
 // threads.
 
 #include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/util/Exception.h>
 
 #ifdef __linux__
 #include <sys/mman.h>
@@ -17,7 +15,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <tuple>
 
 #include "linear_logp.h"
@@ -87,7 +84,7 @@ class Backward {
       if (dweight.defined() || dbias.defined()) multiply_weight(chunk);
       if (dhidden.defined()) multiply_hidden(chunk, chunk.first_tile == 0);
     }
-    if (dhidden.defined()) {
+    if (rest_size > 0 && dhidden.defined()) {
       at::parallel_for(0, h_.rows, 64, [&](int64_t begin, int64_t end) {
         h_.arithmetic.pack->finish_sums(dhidden_.mutable_data_ptr(), rest_.const_data_ptr(), begin * h_.D,
                                         (end - begin) * h_.D);
@@ -169,8 +166,7 @@ class Backward {
     const int32_t* token = tokens(chunk, at.tile) + at.first;
     const int64_t count = std::min(size_, visitors(chunk, at.tile) - at.first);
     if (!routing_.dense || s.block.first != at.first) {
-      s.block.pack(h_, token, 0, count);
-      s.block.first = at.first;
+      s.block.pack(h_, tokens(chunk, at.tile), at.first, count);
       const float* lse = lse_.const_data_ptr<float>();
       for (int64_t j = 0; j < s.block.columns; ++j) {  // padding: packed as zeros, probabilities of 0
         const bool real = j < count;

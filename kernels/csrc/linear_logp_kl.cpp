@@ -40,13 +40,14 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
     float *z, *y, *lse, *ref_lse, *kl;
   };
   const auto scratch = [&](Arena& arena) {
-    PackedBlock block(h, size, arena), ref_block(ref_h, size, arena);
-    char* copy = arena.take<char>(std::max(w.copy_bytes(), ref_w.copy_bytes()));
-    float* z = arena.take<float>(TILE * size);
-    float* y = arena.take<float>(TILE * size);
-    float* lse = arena.take<float>(size);
-    float* ref_lse = arena.take<float>(size);
-    return Scratch{block, ref_block, copy, z, y, lse, ref_lse, arena.take<float>(size)};
+    return Scratch{PackedBlock(h, size, arena),
+                   PackedBlock(ref_h, size, arena),
+                   arena.take<char>(std::max(w.copy_bytes(), ref_w.copy_bytes())),
+                   arena.take<float>(TILE * size),
+                   arena.take<float>(TILE * size),
+                   arena.take<float>(size),
+                   arena.take<float>(size),
+                   arena.take<float>(size)};
   };
   const int64_t* id = ids.const_data_ptr<int64_t>();
   float* of_tiles = tile_lse.mutable_data_ptr<float>();

@@ -3,17 +3,19 @@
 
 #include "products.h"
 
+#include <ATen/Context.h>
 #include <ATen/native/CPUBlas.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <limits>
 #include <string>
 
 namespace stepkto {
 namespace {
 
 // bf16 products need AVX512-BF16 or AMX, and nothing but trying tells what this oneDNN makes of this processor.
-bool multiplies_bf16() {
+bool has_bf16_products() {
   static const bool answer = [] {
     alignas(64) c10::BFloat16 a[16 * 16], b[16 * 16];
     alignas(64) float c[16 * 16];
@@ -28,6 +30,9 @@ bool multiplies_bf16() {
   }();
   return answer;
 }
+
+// Asked every time: torch.backends.mkldnn.flags(enabled=False) switches them off.
+bool multiplies_bf16() { return at::globalContext().userEnabledMkldnn() && has_bf16_products(); }
 
 }  // namespace
 
@@ -63,7 +68,9 @@ Matrix::Matrix(const at::Tensor& x)
       rows(x.size(0)),
       D(x.size(1)),
       depth(arithmetic.depth(D)),
-      stride(std::max<int64_t>(tensor.stride(0), 1)) {}
+      stride(std::max<int64_t>({tensor.stride(0), D, 1})) {  // that of a single row may be anything
+  TORCH_CHECK_VALUE(rows <= std::numeric_limits<int32_t>::max(), "a matrix of ", rows, " rows; expected below 2^31");
+}
 
 const void* Matrix::row(int64_t i) const {
   return static_cast<const char*>(tensor.const_data_ptr()) + i * stride * arithmetic.input_size;

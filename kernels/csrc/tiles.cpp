@@ -23,7 +23,7 @@ using c10::BFloat16;
 using c10::Half;
 
 constexpr int64_t W = Vec::size();
-constexpr float NO_MASS = -std::numeric_limits<float>::infinity();
+constexpr float INFINITE = std::numeric_limits<float>::infinity(), NO_MASS = -INFINITE;
 static_assert(LANES % W == 0);
 
 Vec load(const float* x) { return Vec::loadu(x); }
@@ -122,7 +122,7 @@ void log_sum_exp(const float* z, int64_t rows, int64_t columns, float* lse, floa
       if (entropy) u = u + Vec::blendv(e * x, Vec(0.0f), e == Vec(0.0f));
     }
     const Vec log_s = log_or_no_mass(s);
-    (m + log_s).store(lse + n);
+    Vec::blendv(m + log_s, m, m == Vec(INFINITE)).store(lse + n);
     if (entropy) Vec::blendv(log_s - u / s, Vec(0.0f), s == Vec(0.0f)).store(entropy + n);
   }
 }
@@ -176,7 +176,7 @@ void reduce_tiles(const float* tile_lse, int64_t T, int64_t stride, int64_t coun
     m = finite(m);
     for (int64_t t = 0; t < T; ++t) s = s + exp(Vec::loadu(tile_lse + t * stride + n, some) - m);
     m.store(max + n, some);
-    s.store(sum + n, some);
+    Vec::blendv(s, Vec(1.0f), m == Vec(INFINITE)).store(sum + n, some);
   }
 }
 
@@ -217,22 +217,18 @@ void thresholds(const float* tile_lse, int64_t T, int64_t stride, int64_t count,
       const Vec log_mass = Vec::loadu(tile_lse + t * stride + n, some) - l;
       score(log_mass, entropy ? entropy + n : nullptr, some).store(scores + t * W);
     }
-    float budget[W], low[W], rest[W];
+    float budget[W], low[W], high[W], rest[W];
     for (int64_t k = 0; k < some; ++k) {  // the target's tile is never left out
       if (home[n + k] >= 0 && home[n + k] < T) scores[home[n + k] * W + k] = NO_MASS;
       rest[k] = -std::expm1(logp[n + k]);
       budget[k] = filter_eps * rest[k];
-      // all tiles below this together stay within the budget
+      // a tile above the one exceeds the budget alone; all tiles below the other stay within it together
+      high[k] = std::log(budget[k]) + 0.01f;
       low[k] = std::log(budget[k]) - std::log(static_cast<float>(T)) - 0.01f;
     }
-    Vec highest(NO_MASS);
-    for (int64_t t = 0; t < T; ++t) {
-      const Vec x = load(scores + t * W);
-      highest = at::vec::maximum(highest, x);
-      exp(x).store(weights + t * W);
-    }
+    for (int64_t t = 0; t < T; ++t) exp(load(scores + t * W)).store(weights + t * W);
     const Vec budget_V = Vec::loadu(budget, some);
-    Vec low_V = Vec::loadu(low, some), high_V = at::vec::maximum(highest, low_V) + Vec(1.0f), dropped_V(0.0f);
+    Vec low_V = Vec::loadu(low, some), high_V = Vec::loadu(high, some), dropped_V(0.0f);
     for (int k = 0; k <= HALVINGS; ++k) {
       const bool last = k == HALVINGS;  // weighs what the found threshold leaves out
       const Vec middle = last ? low_V : (low_V + high_V) * Vec(0.5f);
@@ -497,7 +493,7 @@ constexpr OperandKernels operands() {
 #define STEPKTO_TEXT(x) STEPKTO_TEXT_(x)
 
 extern const TileKernels kernels;
-const TileKernels kernels = {STEPKTO_TEXT(CPU_CAPABILITY),
+constinit const TileKernels kernels = {STEPKTO_TEXT(CPU_CAPABILITY),
                              logits,
                              log_sum_exp,
                              kl,

@@ -23,7 +23,8 @@ class Routing(NamedTuple):
 
     @property
     def rho_blocks(self) -> float:
-        """The same for (block of 128 live tokens, tile): dhidden costs this share of a dense one."""
+        """What dhidden costs of a dense one: on a GPU the share of (block of 128 live tokens, tile) pairs, on a CPU
+        rho again."""
         return float(self.rho_blocks_tensor)
 
     @property
