@@ -8,7 +8,7 @@ import functools
 
 import pytest
 import torch
-from stepkto_kernels import backend, linear_logp
+from stepkto_kernels import backend, backends, linear_logp
 from stepkto_kernels.linear_logp import reference as truth
 from torch.nn import functional as F
 
@@ -34,6 +34,8 @@ def linear_cross_entropy(hidden, weight, target):
 
 
 CONTENDERS = {"ours, reference": ours("reference"), "torch full logits": full_logits}
+if backends.why_not("linear_logp", "native") is None:
+    CONTENDERS["ours, native"] = ours("native")
 if hasattr(F, "linear_cross_entropy"):
     CONTENDERS["torch linear_cross_entropy"] = linear_cross_entropy
 

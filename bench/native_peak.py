@@ -67,7 +67,7 @@ def rows(names: list[str]) -> list[dict]:
                     done = subprocess.run(command, capture_output=True, text=True, check=True)
                     facts = {"shape": shape.name, "dtype": label, "filter_eps": filter_eps}
                     found.append(facts | json.loads(done.stdout))
-                    print("  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in found[-1].items()))
+                    print("  ".join(f"{k} {f'{v:.4g}' if isinstance(v, float) else v}" for k, v in found[-1].items()))
     return found
 
 
@@ -84,7 +84,8 @@ def main() -> None:
     machine = {"processor": processor(), "torch": torch.__version__, "threads": torch.get_num_threads()}
     found = rows(arguments.shapes.split(","))
     for row in found:
-        print(f"{row['shape']} {row['dtype']} {row['path']}: {'met' if row['share'] < LIMIT else 'MISSED'} in its own type")
+        status = "met" if row["share"] < LIMIT else "MISSED"
+        print(f"{row['shape']} {row['dtype']} {row['path']}: {status}, over the logits in {row['dtype']}")
     if arguments.out:
         result = {"machine": machine, "commit": commit, "when": datetime.now(UTC).isoformat(), "rows": found}
         arguments.out.write_text(json.dumps(result, indent=1) + "\n")
