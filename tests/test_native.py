@@ -140,6 +140,17 @@ def test_chunks_of_several_tiles_and_blocks_against_the_truth(dtype, filter_eps)
         assert (a.double() - b).norm() <= (rounding + 2 * filter_eps) * b.norm()
 
 
+def test_sums_carried_in_24_bits_are_rounded_to_nearest_in_the_end():
+    """Cut off instead, they would be half a unit in the last place too small, on average."""
+    hidden, weight, _, target = problem(300, 40, 3000, torch.bfloat16)
+    with backend("native"):
+        _, found, _ = results(lambda h, w: linear_logp(h, w, target, filter_eps=0), hidden, weight)
+    leaves = hidden.double(), weight.double()
+    _, exact, _ = results(lambda h, w: truth.linear_logp(h, w, target), *leaves)
+    units = (found.double().abs() - exact.abs()) / (torch.finfo(torch.bfloat16).eps * exact.abs())
+    assert units.median().abs() < 0.05
+
+
 def test_a_target_that_is_impossible_spoils_no_gradient():
     """A logit of -inf, as a mask on the vocabulary gives: its log-probability is -inf, all else stays finite."""
     hidden, weight, bias = torch.ones(2, 1), torch.zeros(3, 1), torch.tensor([0, -float("inf"), 0])
