@@ -269,7 +269,6 @@ def test_a_head_of_no_columns_but_a_bias(on_backend):
     assert torch.autograd.grad(linear_logp(hidden, weight, target).sum(), (hidden, weight))[1].shape == (5, 0)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older torch")
 def test_the_new_setting_of_fp32_products_is_understood(on_backend):
     hidden, weight, target, _ = inputs((3, 4, 9), torch.float32, bias=False)
     before = torch.backends.cuda.matmul.fp32_precision

@@ -54,23 +54,21 @@ def problem(n, d, v, dtype, seed=0):
     return hidden, weight, bias, torch.randint(v, (n,), generator=generator)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="oneDNN's setting is for x86 alone, tried on Linux")
-@pytest.mark.parametrize(
-    ("capability", "products", "expected"),
-    [
-        ("default", "AVX2", "DEFAULT, bf16 multiplied as fp32"),
-        ("avx2", "AVX2", "AVX2, bf16 multiplied as fp32"),
-        ("avx512", "AVX512_CORE", "AVX512, bf16 multiplied as fp32"),
-    ],
-)
-def test_on_lesser_processors(capability, products, expected):
+CAPABILITIES = ["DEFAULT", "AVX2", "AVX512"]  # of x86, as torch names them
+
+
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in CAPABILITIES, reason="its builds are for x86")
+@pytest.mark.parametrize(("capability", "products"), zip(CAPABILITIES, ["AVX2", "AVX2", "AVX512_CORE"], strict=True))
+def test_on_lesser_processors(capability, products):
     """The tests of values and gradients again, with what this processor has and a lesser one lacks switched off."""
-    environment = {"ATEN_CPU_CAPABILITY": capability, "ONEDNN_MAX_CPU_ISA": products}
+    here = torch.backends.cpu.get_cpu_capability()
+    if CAPABILITIES.index(here) < CAPABILITIES.index(capability):
+        pytest.skip(f"this processor has {here} only")
+    environment = {"ATEN_CPU_CAPABILITY": capability.lower(), "ONEDNN_MAX_CPU_ISA": products}
     print_it = "from stepkto_kernels import native; native.missing(); print(native.functions().instruction_set())"
     asked = run(print_it, **environment)
     assert asked.returncode == 0, asked.stderr
-    if asked.stdout.strip() != expected:
-        pytest.skip(f"this processor gives {asked.stdout.strip()!r}")
+    assert asked.stdout.startswith(f"{capability}, bf16 multiplied as fp32, ")
     code = f"""
         import pytest, sys
         files = [{str(TESTS)!r} + "/test_" + name + ".py" for name in ("linear_logp", "linear_logp_kl", "routing")]
@@ -89,12 +87,16 @@ def test_bitwise_the_same_for_any_number_of_threads(dtype, filter_eps):
     target[::7] = -100
     before = torch.get_num_threads()
     values_N, found = torch.randn(100_000), []
+    pair = functools.partial(linear_logp_entropy, target=target, filter_eps=filter_eps)
+
+    def of_heads(h, w, b):
+        return pair(h, w, bias=b)
+
     try:
         for threads in (1, 2, 3, 8):
             torch.set_num_threads(threads)
             with backend("native"):
-                pair = functools.partial(linear_logp_entropy, target=target, filter_eps=filter_eps)
-                values = results(lambda h, w, b: pair(h, w, bias=b), hidden, weight, bias, cotangent=0.7)  # noqa: B023
+                values = results(of_heads, hidden, weight, bias, cotangent=0.7)
                 kl = linear_logp_kl(hidden, weight, hidden * 0.9, weight, target)
                 points = reference_points(values_N, *[torch.tensor([0, len(values_N)], dtype=torch.int32)] * 2)
                 found.append((*values, *kl, *points))
@@ -247,6 +249,8 @@ PEAK = """
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
+    M_MMAP_THRESHOLD = -3  # glibc's: what is freed goes back at once, so that only what is in use counts
+    ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
     n, d, v = 2048, 64, 32768
     hidden = torch.randn(n, d).requires_grad_()
     weight = (torch.randn(v, d) * float(sys.argv[1])).requires_grad_()
@@ -276,7 +280,7 @@ def test_memory_beyond_inputs_and_gradients_is_a_twentieth_of_the_logits(scale):
     done = run(PEAK.replace("sys.argv[1]", repr(scale)))
     shares = [float(line) for line in done.stdout.split()]
     assert len(shares) == 2, done.stderr[-2000:]
-    assert max(shares) < 0.06  # and 5 MB of anything
+    assert max(shares) < 0.05
 
 
 def test_fp64_is_left_to_the_reference():
@@ -316,5 +320,7 @@ def test_nan_in_a_hidden_state_stays_with_its_token():
 
 def test_the_table_says_what_it_runs_on():
     done = subprocess.run([sys.executable, "-m", "stepkto_kernels"], capture_output=True, text=True, check=True)
-    assert f"native: {native.functions().instruction_set()}, " in done.stdout
+    instructions, _, threads = native.functions().instruction_set().rpartition(", ")
+    assert f"native: {instructions}, " in done.stdout
+    assert threads in ("1 thread", "one thread: built without OpenMP")  # conftest.py set one
     assert stepkto_kernels.__version__ in done.stdout

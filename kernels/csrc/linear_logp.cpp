@@ -1,8 +1,8 @@
 // The forward of linear_logp and linear_logp_entropy on the CPU: see torch-ext/stepkto_kernels/linear_logp/README.md.
 //
-// Logits exist a block at a time, (128 entries of the vocabulary, up to 256 tokens) in fp32, in a core's cache: a product
-// writes it, its epilogue leaves one log-sum-exp per token. The tokens' hidden states are packed once per block and are
-// the right operand; the tile of W is the left one and is read where it lies.
+// Logits exist a block at a time, (128 entries of the vocabulary, up to 256 tokens) in fp32, in a core's cache: a
+// product writes it, its epilogue leaves one log-sum-exp per token. The tokens' hidden states are packed once per block
+// and are the right operand; the tile of W is the left one and is read where it lies.
 
 #include "linear_logp.h"
 
@@ -45,8 +45,8 @@ void PackedBlock::pack(const Matrix& matrix, const int32_t* rows, int64_t from, 
   matrix.arithmetic.pack->pack_columns(matrix.row(0), matrix.stride, rows + from, many, columns, matrix.D, hidden);
 }
 
-void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias, Head head,
-                 char* copy, float* z) {
+void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias,
+                 Head head, char* copy, float* z) {
   const int64_t first = tile * TILE, rows = std::min(TILE, weight.rows - first);
   int64_t stride;
   const void* w = weight.left(first, rows, copy, stride);
@@ -128,23 +128,20 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
   float* logp_N = logp.mutable_data_ptr<float>();
   float* lse_N = lse.mutable_data_ptr<float>();
   float* entropy_N = entropy.mutable_data_ptr<float>();
-  at::parallel_for(0, (N + LANES - 1) / LANES, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t n0 = begin * LANES; n0 < std::min(end * LANES, N); n0 += LANES) {
-      const int64_t some = std::min(LANES, N - n0);
-      float max[LANES], sum[LANES], of_tiles[LANES];
-      tiles.reduce_tiles(out + n0, T, N, some, max, sum);
-      for (int64_t k = 0; k < some; ++k) {
-        if (id[n0 + k] == ignore_index) continue;
-        const Outcome o = outcome(z_target[n0 + k], max[k], sum[k]);
-        lse_N[n0 + k] = static_cast<float>(o.lse);
-        logp_N[n0 + k] = static_cast<float>(o.logp);
-      }
-      if (!with_entropy) continue;
-      tiles.mean_over_tiles(out + n0, nullptr, out_entropy + n0, T, N, some, lse_N + n0, nullptr, of_tiles);
-      for (int64_t k = 0; k < some; ++k) {
-        const double l = logp_N[n0 + k];
-        if (id[n0 + k] != ignore_index) entropy_N[n0 + k] = static_cast<float>(of_tiles[k] - std::exp(l) * l);
-      }
+  for_lanes_of_tokens(N, 16, [&](int64_t n0, int64_t some) {
+    float max[LANES], sum[LANES], of_tiles[LANES];
+    tiles.reduce_tiles(out + n0, T, N, some, max, sum);
+    for (int64_t n = n0; n < n0 + some; ++n) {
+      if (id[n] == ignore_index) continue;
+      const Outcome o = outcome(z_target[n], max[n - n0], sum[n - n0]);
+      lse_N[n] = static_cast<float>(o.lse);
+      logp_N[n] = static_cast<float>(o.logp);
+    }
+    if (!with_entropy) return;
+    tiles.mean_over_tiles(out + n0, nullptr, out_entropy + n0, T, N, some, lse_N + n0, nullptr, of_tiles);
+    for (int64_t n = n0; n < n0 + some; ++n) {
+      const double l = logp_N[n];
+      if (id[n] != ignore_index) entropy_N[n] = static_cast<float>(of_tiles[n - n0] - std::exp(l) * l);
     }
   });
   return {logp, lse, tile_lse, entropy};

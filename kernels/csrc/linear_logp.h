@@ -11,7 +11,7 @@ namespace stepkto {
 // Tokens whose target is not `ignore_index`, in order.
 std::vector<int32_t> scored_tokens(const at::Tensor& target, int64_t ignore_index);
 
-// (T, N), to be filled for the scored tokens; 0 for the others, so that results are the same whenever they are computed.
+// (T, N), to be filled for the scored tokens; 0 for the others, so that results are always the same.
 at::Tensor new_tile_lse(int64_t tiles, int64_t tokens, size_t scored);
 
 // A block of the scored tokens, their hidden states packed as the right operand of every tile's product.
@@ -25,8 +25,8 @@ struct PackedBlock {
 };
 
 // The logits of a tile for a block, (rows of the tile, columns); `copy` is scratch.
-void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias, Head head,
-                 char* copy, float* z);
+void tile_logits(const Matrix& weight, int64_t tile, const PackedBlock& block, const std::vector<float>& bias,
+                 Head head, char* copy, float* z);
 
 // Takes the targets' logits out of a tile's: into `target_logit`, -inf in their place.
 void set_targets_apart(float* z, int64_t tile, int64_t rows, const PackedBlock& block,

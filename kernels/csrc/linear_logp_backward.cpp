@@ -34,9 +34,9 @@ constexpr int64_t ROUTED_SHARE = 128, DENSE_SHARE = 40;
 // Asks for huge pages: a gradient of a head is fresh memory each time, and writing it costs as much as mapping it.
 void map_coarsely(const at::Tensor& x) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t HUGE = uintptr_t{1} << 21;
+  constexpr uintptr_t SIZE = uintptr_t{1} << 21;
   const auto begin = reinterpret_cast<uintptr_t>(x.const_data_ptr());
-  const uintptr_t first = (begin + HUGE - 1) & ~(HUGE - 1), last = (begin + x.nbytes()) & ~(HUGE - 1);
+  const uintptr_t first = (begin + SIZE - 1) & ~(SIZE - 1), last = (begin + x.nbytes()) & ~(SIZE - 1);
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);  // advice: failing is fine
 #else
   (void)x;
@@ -94,7 +94,7 @@ class Backward {
   }
 
  private:
-  // Consecutive tiles; offset[i] is where the rows of tile first_tile + i begin in the workspace, and one more at the end
+  // Consecutive tiles; offset[i] is where the rows of tile first_tile + i begin in the workspace, offset.back() the end
   struct Chunk {
     int64_t first_tile;
     std::vector<int64_t> offset;
@@ -219,7 +219,8 @@ class Backward {
                      arena.take<float>(together * TILE * WEIGHT_SLICE)};
     };
     for_each_unit(groups * slices, scratch, [&](int64_t unit, Scratch& s) {
-      const int64_t group = unit / slices, column = unit % slices * WEIGHT_SLICE, columns = std::min(WEIGHT_SLICE, h_.D - column);
+      const int64_t group = unit / slices, column = unit % slices * WEIGHT_SLICE;
+      const int64_t columns = std::min(WEIGHT_SLICE, h_.D - column);
       const int64_t first = group * together, stop = std::min(first + together, chunk.tiles());
       const int32_t* token = tokens(chunk, first);
       for (int64_t j = 0; j < visitors(chunk, first); j += size_) {
@@ -255,7 +256,7 @@ class Backward {
     });
   }
 
-  // Rows of `matrix`, `count` listed ones (or all from `token`'s on), as a right operand (depth, columns)
+  // The `count` listed rows of `matrix` as a right operand (depth, columns): themselves where they follow each other
   static const void* right_operand(const Matrix& matrix, const int32_t* token, int64_t count, int64_t depth,
                                    int64_t column, int64_t columns, char* copy, int64_t& stride) {
     const bool run = token[count - 1] - token[0] == count - 1;

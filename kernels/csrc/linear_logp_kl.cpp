@@ -1,5 +1,6 @@
 // The forward of linear_logp_kl on the CPU: see torch-ext/stepkto_kernels/linear_logp_kl/README.md. The logits of both
-// models for one (tile, block of tokens) lie side by side in a core's cache and leave two log-sum-exps and one KL a token.
+// models for one (tile, block of tokens) lie side by side in a core's cache and leave two log-sum-exps and one KL per
+// token.
 
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -78,29 +79,26 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_lo
   float* kl_N = kl.mutable_data_ptr<float>();
   float* lse_N = lse.mutable_data_ptr<float>();
   float* ref_lse_N = ref_lse.mutable_data_ptr<float>();
-  at::parallel_for(0, (N + LANES - 1) / LANES, 16, [&](int64_t begin, int64_t end) {
-    for (int64_t n0 = begin * LANES; n0 < std::min(end * LANES, N); n0 += LANES) {
-      const int64_t some = std::min(LANES, N - n0);
-      float max[LANES], sum[LANES], ref_max[LANES], ref_sum[LANES], mean[LANES];
-      tiles.reduce_tiles(of_tiles + n0, T, N, some, max, sum);
-      tiles.reduce_tiles(ref_of_tiles + n0, T, N, some, ref_max, ref_sum);
-      for (int64_t k = 0; k < some; ++k) {
-        if (id[n0 + k] == ignore_index) continue;
-        const Outcome policy = outcome(z_target[n0 + k], max[k], sum[k]);
-        const Outcome reference = outcome(y_target[n0 + k], ref_max[k], ref_sum[k]);
-        lse_N[n0 + k] = static_cast<float>(policy.lse);
-        ref_lse_N[n0 + k] = static_cast<float>(reference.lse);
-        logp_N[n0 + k] = static_cast<float>(policy.logp);
-        ref_logp_N[n0 + k] = static_cast<float>(reference.logp);
-      }
-      tiles.mean_over_tiles(of_tiles + n0, ref_of_tiles + n0, kl_of_tiles + n0, T, N, some, lse_N + n0, ref_lse_N + n0,
-                            mean);
-      for (int64_t k = 0; k < some; ++k) {
-        if (id[n0 + k] == ignore_index) continue;
-        const double l = logp_N[n0 + k], ref_l = ref_logp_N[n0 + k];
-        const float total = static_cast<float>(mean[k] + std::exp(l) * (l - ref_l));
-        kl_N[n0 + k] = total < 0 ? 0.0f : total;  // rounding; NaN stays NaN
-      }
+  for_lanes_of_tokens(N, 16, [&](int64_t n0, int64_t some) {
+    float max[LANES], sum[LANES], ref_max[LANES], ref_sum[LANES], mean[LANES];
+    tiles.reduce_tiles(of_tiles + n0, T, N, some, max, sum);
+    tiles.reduce_tiles(ref_of_tiles + n0, T, N, some, ref_max, ref_sum);
+    for (int64_t n = n0; n < n0 + some; ++n) {
+      if (id[n] == ignore_index) continue;
+      const Outcome policy = outcome(z_target[n], max[n - n0], sum[n - n0]);
+      const Outcome reference = outcome(y_target[n], ref_max[n - n0], ref_sum[n - n0]);
+      lse_N[n] = static_cast<float>(policy.lse);
+      ref_lse_N[n] = static_cast<float>(reference.lse);
+      logp_N[n] = static_cast<float>(policy.logp);
+      ref_logp_N[n] = static_cast<float>(reference.logp);
+    }
+    tiles.mean_over_tiles(of_tiles + n0, ref_of_tiles + n0, kl_of_tiles + n0, T, N, some, lse_N + n0, ref_lse_N + n0,
+                          mean);
+    for (int64_t n = n0; n < n0 + some; ++n) {
+      if (id[n] == ignore_index) continue;
+      const double l = logp_N[n], ref_l = ref_logp_N[n];
+      const float total = static_cast<float>(mean[n - n0] + std::exp(l) * (l - ref_l));
+      kl_N[n] = total < 0 ? 0.0f : total;  // rounding; NaN stays NaN
     }
   });
   return {logp, ref_logp, kl, lse, tile_lse};

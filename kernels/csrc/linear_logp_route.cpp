@@ -4,13 +4,12 @@
 
 #include "linear_logp_route.h"
 
-#include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <limits>
 
-#include "tiles.h"
+#include "products.h"
 
 namespace stepkto {
 namespace {
@@ -51,14 +50,13 @@ Routing route(std::vector<int32_t> live, const at::Tensor& target, const at::Ten
     const float* masses = tile_lse.const_data_ptr<float>();
     const float* lse_N = lse.const_data_ptr<float>();
     const float* logp_N = logp.const_data_ptr<float>();
-    at::parallel_for(0, (N + LANES - 1) / LANES, 4, [&](int64_t begin, int64_t end) {
-      std::vector<float> scratch(2 * T * LANES);
-      for (int64_t n = begin * LANES; n < std::min(end * LANES, N); n += LANES) {
-        const float* H = data(entropy);
-        tiles.thresholds(masses + n, T, N, std::min(LANES, N - n), lse_N + n, H ? H + n : nullptr, logp_N + n,
-                         r.home.data() + n, static_cast<float>(filter_eps), scratch.data(),
-                         {r.threshold.data() + n, dropped.data() + n, kept.data() + n});
-      }
+    const float* H = data(entropy);
+    const auto scratch = [&](Arena& arena) { return arena.take<float>(2 * T * LANES); };
+    for_each_unit((N + LANES - 1) / LANES, scratch, [&](int64_t unit, float* s) {
+      const int64_t n = unit * LANES;
+      tiles.thresholds(masses + n, T, N, std::min(LANES, N - n), lse_N + n, H ? H + n : nullptr, logp_N + n,
+                       r.home.data() + n, static_cast<float>(filter_eps), s,
+                       {r.threshold.data() + n, dropped.data() + n, kept.data() + n});
     });
     pairs = 0;
     for (const int32_t n : r.live) pairs += kept[n];
@@ -68,7 +66,7 @@ Routing route(std::vector<int32_t> live, const at::Tensor& target, const at::Ten
     } else {
       at::parallel_for(0, T, 4, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-          r.visitors[t] = tiles.visitors(masses + t * N, lse_N, data(entropy), r.threshold.data(), r.home.data(), t, N,
+          r.visitors[t] = tiles.visitors(masses + t * N, lse_N, H, r.threshold.data(), r.home.data(), t, N,
                                          nullptr);
         }
       });

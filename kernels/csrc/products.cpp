@@ -37,13 +37,23 @@ bool multiplies_bf16() { return at::globalContext().userEnabledMkldnn() && has_b
 }  // namespace
 
 std::string instruction_set() {
-  return std::string(tile_kernels().name) + (multiplies_bf16() ? ", bf16 products" : ", bf16 multiplied as fp32");
+#ifdef _OPENMP
+  const int count = at::get_num_threads();
+  const std::string threads = std::to_string(count) + (count == 1 ? " thread" : " threads");
+#else
+  const std::string threads = "one thread: built without OpenMP";
+#endif
+  return std::string(tile_kernels().name) + (multiplies_bf16() ? ", bf16 products, " : ", bf16 multiplied as fp32, ") +
+         threads;
 }
 
 Arithmetic::Arithmetic(at::ScalarType inputs) {
-  const TileKernels& tiles = tile_kernels();
+  const Operands& by_type = operands();
   as_bf16 = inputs == at::kBFloat16 && multiplies_bf16();
-  pack = as_bf16 ? &tiles.bf16 : inputs == at::kBFloat16 ? &tiles.bf16_as_f32 : inputs == at::kHalf ? &tiles.f16 : &tiles.f32;
+  pack = as_bf16                     ? &by_type.bf16
+         : inputs == at::kBFloat16 ? &by_type.bf16_as_f32
+         : inputs == at::kHalf     ? &by_type.f16
+                                   : &by_type.f32;
   input_size = inputs == at::kFloat ? 4 : 2;
   product_size = as_bf16 ? 2 : 4;
 }

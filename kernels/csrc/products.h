@@ -4,12 +4,14 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "operands.h"
 #include "tiles.h"
 
 namespace stepkto {
@@ -75,6 +77,14 @@ class Arena {
   char* memory_;
   int64_t used_ = 0;
 };
+
+// function(first, count) for the N tokens, LANES at a time
+template <typename Function>
+void for_lanes_of_tokens(int64_t N, int64_t grain, const Function& function) {
+  at::parallel_for(0, (N + LANES - 1) / LANES, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) function(i * LANES, std::min(LANES, N - i * LANES));
+  });
+}
 
 // function(unit, scratch) for every unit, whichever thread is free; each thread has a scratch of its own, made by
 // make(arena), all in one allocation of the calling thread: allocators keep what other threads free.

@@ -36,7 +36,8 @@ at::Tensor reference_points(const at::Tensor& values) {
   at::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t first = i * VALUES, count = std::min(VALUES, x.numel() - first);
-      sums[i] = is_double ? sum(x.const_data_ptr<double>() + first, count) : sum(x.const_data_ptr<float>() + first, count);
+      sums[i] = is_double ? sum(x.const_data_ptr<double>() + first, count)
+                          : sum(x.const_data_ptr<float>() + first, count);
     }
   });
   double total = 0;

@@ -1,6 +1,7 @@
 // The vector arithmetic of the head kernels on a block of logits, once per instruction set: tiles.cpp is compiled for
-// each and tile_kernels() picks at run time. A block is (rows, columns) fp32, row-major and contiguous: rows are entries
-// of one vocabulary tile, columns are tokens. So every reduction over the vocabulary runs down the rows, a token a lane.
+// each and tile_kernels() picks at run time. A block is (rows, columns) fp32, row-major and contiguous: rows are
+// entries of one vocabulary tile, columns are tokens. So every reduction over the vocabulary runs down the rows, with a
+// token in each lane.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,6 @@ namespace stepkto {
 constexpr int64_t TILE = 128;    // vocabulary entries of a tile: VOCAB_TILE of linear_logp/eager.py
 constexpr int64_t LANES = 16;    // a block's columns are padded to a multiple of it
 constexpr int64_t BLOCK = 256;   // columns of a block, at most
-constexpr int64_t PAIR = 2;      // the products of 16-bit numbers take pairs along K: K is padded to a multiple of it
-
-enum class Element { f32, bf16, f16 };
 
 // From hidden @ weight.T + bias to logits: slope * x, or with a softcap cap_out * tanh(cap_in * x).
 struct Head {
@@ -25,29 +23,6 @@ struct Routes {
   float* threshold;  // tiles that score less are left out
   float* dropped;    // what those weigh, as a share of 1 - p_target
   int32_t* kept;     // how many are not left out
-};
-
-// What depends on the type of the inputs; `Product` is what they are multiplied as, fp32 or bf16.
-struct OperandKernels {
-  // rows of a matrix, listed or (rows null) from its first one on, as columns of an operand (D, n_padded); zeros behind
-  void (*pack_columns)(const void* matrix, int64_t stride, const int32_t* rows, int64_t n, int64_t n_padded, int64_t D,
-                       void* out);
-  // such rows as rows of an operand (m_padded, columns), of the columns from `column` on
-  void (*pack_rows)(const void* matrix, int64_t stride, const int32_t* rows, int64_t m, int64_t m_padded,
-                    int64_t column, int64_t columns, void* out);
-  // such rows, from the first one on, as they are, in the type of the product and D_padded wide
-  void (*copy_rows)(const void* matrix, int64_t stride, int64_t m, int64_t D, int64_t D_padded, void* out);
-  // a block of gradients in the type of the product: as it is, and transposed, (columns, TILE), zeros behind
-  void (*store_gradients)(const float* dz, int64_t rows, int64_t columns, void* as_is, void* transposed);
-  void (*add_row_sums)(const void* as_is, int64_t rows, int64_t columns, float* sums);
-  // fp32 to the type of the inputs
-  void (*store)(const float* x, int64_t stride, int64_t rows, int64_t columns, void* out, int64_t out_stride);
-  // Sums carried between chunks. fp32: in place. bf16: in their own 16 bits and 8 more, in `rest`. fp16: fp32, in
-  // `rest`; `finish` rounds.
-  void (*load_sums)(const void* sums, const void* rest, int64_t at, int64_t count, float* out);
-  void (*store_sums)(const float* x, int64_t at, int64_t count, void* sums, void* rest);
-  void (*finish_sums)(void* sums, const void* rest, int64_t at, int64_t count);
-  int64_t rest_size;  // bytes of `rest` per element
 };
 
 struct TileKernels {
@@ -75,7 +50,6 @@ struct TileKernels {
                       const int32_t* home, int64_t t, int64_t N, int32_t* out);
   // sums[rows[i]] += x[i], rows of `columns` numbers
   void (*add_rows)(const float* x, const int32_t* rows, int64_t first_row, int64_t count, int64_t columns, float* sums);
-  OperandKernels f32, bf16, bf16_as_f32, f16;
 };
 
 const TileKernels& tile_kernels();

@@ -24,7 +24,7 @@ def table() -> str:
                 reasons.setdefault(f"{name}: {reason}", []).append(op)
         lines.append("  ".join([f"{op:<{width}}", *cells]).rstrip())
     if native.missing() is None:
-        lines += ["", f"native: {native.functions().instruction_set()}, {torch.get_num_threads()} threads"]
+        lines += ["", f"native: {native.functions().instruction_set()}"]
     if reasons:
         lines += ["", "Why not, and the remedy:"]
         for reason, names in sorted(reasons.items()):

@@ -155,9 +155,8 @@ def config(chip: int, dtype: torch.dtype, long_epilogue: bool, store_entropy: bo
 
 def precision(dtype: torch.dtype) -> str:
     matmul = torch.backends.cuda.matmul
-    # newer versions of torch refuse to say allow_tf32 once fp32_precision has been set
-    allows_tf32 = matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
-    return "tf32" if dtype == torch.float32 and allows_tf32 else "ieee"
+    # torch refuses to say allow_tf32 once fp32_precision has been set
+    return "tf32" if dtype == torch.float32 and matmul.fp32_precision == "tf32" else "ieee"
 
 
 def tma(chip: int, *matrices: Tensor) -> bool:
