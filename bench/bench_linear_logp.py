@@ -33,11 +33,11 @@ def linear_cross_entropy(hidden, weight, target):
     return -F.linear_cross_entropy(hidden, weight, target, reduction="none")
 
 
-CONTENDERS = {"ours, reference": ours("reference"), "torch full logits": full_logits}
+PROVIDERS = {"ours, reference": ours("reference"), "torch full logits": full_logits}
 if backends.why_not("linear_logp", "native") is None:
-    CONTENDERS["ours, native"] = ours("native")
+    PROVIDERS["ours, native"] = ours("native")
 if hasattr(F, "linear_cross_entropy"):
-    CONTENDERS["torch linear_cross_entropy"] = linear_cross_entropy
+    PROVIDERS["torch linear_cross_entropy"] = linear_cross_entropy
 
 
 @functools.cache
@@ -68,12 +68,12 @@ def check(result, dtype_name):
     return error
 
 
-@pytest.mark.parametrize("who", CONTENDERS)
+@pytest.mark.parametrize("who", PROVIDERS)
 @pytest.mark.parametrize("dtype_name", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(benchmark, shape, dtype_name, who):
     hidden, weight, target, *_ = problem(shape, dtype_name)
-    function = CONTENDERS[who]
+    function = PROVIDERS[who]
     with torch.no_grad():
         logp = function(hidden, weight, target)
         error = check({"problem": problem(shape, dtype_name), "logp": logp}, dtype_name)
@@ -82,13 +82,13 @@ def test_forward(benchmark, shape, dtype_name, who):
     record(benchmark, shape, dtype_name, 2, error)
 
 
-@pytest.mark.parametrize("who", CONTENDERS)
+@pytest.mark.parametrize("who", PROVIDERS)
 @pytest.mark.parametrize("dtype_name", DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_backward(benchmark, shape, dtype_name, who):
     hidden, weight, target, cotangent, *_ = problem(shape, dtype_name)
     leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    function = CONTENDERS[who]
+    function = PROVIDERS[who]
 
     def run():
         logp = function(*leaves, target)

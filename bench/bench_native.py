@@ -1,7 +1,7 @@
 """The head on a CPU: the C++ kernels beside the bare products that any head needs, the reference backend and the peers.
 
 By default on one small shape, the same way; `--goals` takes the two shapes that the goals in native_table.py are stated
-for, about half an hour. Inputs, truths and peers are those of the GPU runs (gpu_inputs.py, gpu_peers.py).
+for, about half an hour. Inputs, truths and peers are those of the GPU runs (head_inputs.py, peers.py).
 
 filter_eps is 2^-9 in both dtypes ("auto" leaves out nothing in fp32), and 0 for whoever is called exact. Flat inputs
 are for ours alone: what a method that visits everything costs does not depend on what it visits.
@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import gpu_contenders
-import gpu_peers
+import peers
+import providers
 import pytest
 import stepkto_kernels as sk
 import torch
-from gpu_contenders import Contender, Found, UnsupportedError, differentiated, require
-from gpu_inputs import Inputs, Maker, Shape
 from gpu_measure import TOLERANCE, one_line, records
+from head_inputs import Inputs, Maker, Shape
+from providers import Found, Provider, UnsupportedError, differentiated, require
 from stepkto_kernels import backends
 from torch import Tensor
 from torch.nn import functional as F
@@ -40,7 +40,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 make = Maker(torch.device("cpu"))  # keeps one set of inputs, so the order of the cases counts
 
 
-def ours(function: Callable, backend: str = NATIVE, kind: str = "logp", **options) -> Contender:
+def ours(function: Callable, backend: str = NATIVE, kind: str = "logp", **options) -> Provider:
     def start(x: Inputs, gradients: bool) -> Callable[[], Found]:
         reason = backends.why_not("linear_logp", backend)
         require(reason is None, f"linear_logp, {backend}: {reason}")
@@ -52,16 +52,16 @@ def ours(function: Callable, backend: str = NATIVE, kind: str = "logp", **option
 
         return differentiated(run, kind, x, gradients)
 
-    return Contender(function.__name__, start, kind, op="linear_logp")
+    return Provider(function.__name__, start, kind, op="linear_logp")
 
 
-def liger_compiled(kind: str, reference: bool) -> Contender:
-    """Compiled here too: gpu_peers.py does so on a GPU only."""
+def liger_compiled(kind: str, reference: bool) -> Provider:
+    """Compiled here too: peers.py does so on a GPU only."""
 
     def start(x: Inputs, gradients: bool) -> Callable[[], Found]:
-        return differentiated(gpu_peers.liger_kto(x, reference, compiled=True), kind, x, gradients)
+        return differentiated(peers.liger_kto(x, reference, compiled=True), kind, x, gradients)
 
-    return Contender("Liger KTO", start, kind, compiles=True)
+    return Provider("Liger KTO", start, kind, compiles=True)
 
 
 def seconds_of(call: Callable) -> float:
@@ -105,33 +105,33 @@ def bare(x: Inputs, gradients: bool) -> Callable[[], Found]:
 
 
 PEERS = {
-    name: gpu_contenders.CONTENDERS[name]
+    name: providers.PROVIDERS[name]
     for name in ("TRL", "torch linear_cross_entropy", "Liger KTO", "Liger KTO with its reference")
 } | {
     "Liger KTO, compiled": liger_compiled("kto", reference=False),
     "Liger KTO with its reference, compiled": liger_compiled("kto with reference", reference=True),
 }
-SIDE = {"ours, reference": ours(gpu_contenders.linear_logp, "reference")} | {
-    name: gpu_contenders.CONTENDERS[name] for name in ("torch linear_cross_entropy, chunked", "full logits")
+SIDE = {"ours, reference": ours(providers.linear_logp, "reference")} | {
+    name: providers.PROVIDERS[name] for name in ("torch linear_cross_entropy, chunked", "full logits")
 }
 OURS = {
-    "ours, native": ours(gpu_contenders.linear_logp, filter_eps=FILTER_EPS),
-    "ours, native, exact": ours(gpu_contenders.linear_logp, filter_eps=0.0),
-    "ours, native, linear_step_kto": ours(gpu_contenders.linear_step_kto, kind="kto", filter_eps=FILTER_EPS),
+    "ours, native": ours(providers.linear_logp, filter_eps=FILTER_EPS),
+    "ours, native, exact": ours(providers.linear_logp, filter_eps=0.0),
+    "ours, native, linear_step_kto": ours(providers.linear_step_kto, kind="kto", filter_eps=FILTER_EPS),
     "ours, native, linear_step_kto with its reference": ours(
-        gpu_contenders.linear_step_kto_with_reference, kind="kto with reference", filter_eps=FILTER_EPS
+        providers.linear_step_kto_with_reference, kind="kto with reference", filter_eps=FILTER_EPS
     ),
 }
-CONTENDERS = {"bare products": Contender("bare", bare, kind="none")} | OURS | SIDE | PEERS
+PROVIDERS = {"bare products": Provider("bare", bare, kind="none")} | OURS | SIDE | PEERS
 
 
 def cases(shape: Shape) -> list[tuple[str, str, str]]:
-    """(inputs, way, contender)"""
+    """(inputs, way, provider)"""
     chief = ["bare products", "ours, native"]
     large = is_large(shape)
     return [
         *((PEAKED, FORWARD, who) for who in (chief if large else [*chief, "ours, reference"])),
-        *((PEAKED, BOTH, who) for who in CONTENDERS if not (large and who in SIDE)),
+        *((PEAKED, BOTH, who) for who in PROVIDERS if not (large and who in SIDE)),
         *((FLAT, BOTH, who) for who in chief),
     ]
 
@@ -158,7 +158,7 @@ def watched_peak() -> Iterator[dict]:
 
     Writing 5 to clear_refs resets the high-water mark. glibc keeps what was freed and would hand it out again without
     a trace, so that is returned to the system first. What libraries keep for good after a first call (packing buffers
-    of a matrix product, thread pools) counts for those contenders alone that run once.
+    of a matrix product, thread pools) counts for those providers alone that run once.
     """
     found: dict = {}
     if not CLEAR.exists():
@@ -174,13 +174,13 @@ def watched_peak() -> Iterator[dict]:
     found["bytes"] = memory("VmHWM") - before
 
 
-def check(x: Inputs, contender: Contender, found: Found) -> dict:
+def check(x: Inputs, provider: Provider, found: Found) -> dict:
     """The errors against the fp64 truth; too large a one means that there is nothing to time."""
-    if contender.kind == "none":
+    if provider.kind == "none":
         return {"products": found.value}
-    names = "logp_error" if contender.kind == "logp" else "value_error", "gradient_error"
-    errors = dict(zip(names, gpu_contenders.errors(x, contender, found), strict=True))
-    for (name, error), most in zip(errors.items(), TOLERANCE["ours" if contender.op else "peers"], strict=True):
+    names = "logp_error" if provider.kind == "logp" else "value_error", "gradient_error"
+    errors = dict(zip(names, providers.errors(x, provider, found), strict=True))
+    for (name, error), most in zip(errors.items(), TOLERANCE["ours" if provider.op else "peers"], strict=True):
         assert error is None or error <= most, f"{name} {error:.2g} beyond {most:g}"  # NaN, too
     return {name: error for name, error in errors.items() if error is not None}
 
@@ -190,10 +190,10 @@ def rounds(seconds: float) -> int:
 
 
 def test_head(benchmark, shape, dtype, inputs, way, who):
-    contender = CONTENDERS[who]
+    provider = PROVIDERS[who]
     x = make(SHAPES[shape]._replace(dtype=DTYPES[dtype]), inputs)
     try:
-        call = contender.start(x, way == BOTH)
+        call = provider.start(x, way == BOTH)
     except (ImportError, UnsupportedError) as error:
         pytest.skip(f"{who}: {one_line(error)}")
     n, d, v = x.shape.n, x.shape.d, x.shape.v
@@ -206,14 +206,14 @@ def test_head(benchmark, shape, dtype, inputs, way, who):
         last.append(call())
 
     # a peer that takes half a minute runs once, and that result is checked; compiling must not count
-    once = who in PEERS and is_large(x.shape) and not contender.compiles
+    once = who in PEERS and is_large(x.shape) and not provider.compiles
     count, warmup = 1, 0
     if not once:
         start = time.perf_counter()
         facts |= records(run)
         seconds = time.perf_counter() - start
-        facts |= check(x, contender, last.pop())
-        if contender.compiles and not is_large(x.shape):  # the first call compiled
+        facts |= check(x, provider, last.pop())
+        if provider.compiles and not is_large(x.shape):  # the first call compiled
             seconds = seconds_of(run)
         count, warmup = rounds(seconds), 1 if seconds < 1 else 0
     benchmark.group = f"head {shape} {facts['size']} {dtype} {inputs}, {way}"
@@ -221,7 +221,7 @@ def test_head(benchmark, shape, dtype, inputs, way, who):
         benchmark.pedantic(run, rounds=count, warmup_rounds=warmup)
     found = last.pop()
     benchmark.has_error = True  # out of the JSON, unless the next lines pass
-    facts |= check(x, contender, found)
+    facts |= check(x, provider, found)
     benchmark.has_error = False
     if "bytes" in peak:
         kept = sum(g.nbytes for g in (found.dhidden, found.dweight) if g is not None)

@@ -40,7 +40,7 @@ def plain_torch(batch):
     return outcome.mean() + step_means.sum() / (counts > 0).sum().clamp(min=1)
 
 
-CONTENDERS = {
+PROVIDERS = {
     "ours, native": ours("native"),
     "ours, reference": ours("reference"),
     "plain torch": plain_torch,
@@ -70,14 +70,14 @@ def problem(shape):
     return batch, loss.detach(), torch.autograd.grad(loss, logp)[0]
 
 
-@pytest.mark.parametrize("who", CONTENDERS)
+@pytest.mark.parametrize("who", PROVIDERS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_backward(benchmark, shape, who):
     if who == "ours, native" and backends.why_not("step_kto", "native"):
         pytest.skip(backends.why_not("step_kto", "native"))
     batch, exact, exact_gradient = problem(shape)
     logp = batch["logp"].clone().requires_grad_()
-    function = CONTENDERS[who]
+    function = PROVIDERS[who]
 
     def run():
         loss = function(batch | {"logp": logp})

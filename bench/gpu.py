@@ -29,16 +29,16 @@ PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl", "tran
 
 
 class Entry(NamedTuple):
-    """One measurement: a contender on inputs of a shape, forward alone or with its backward."""
+    """One measurement: a provider on inputs of a shape, forward alone or with its backward."""
 
     shape: str
     inputs: str
-    contender: str
+    provider: str
     gradients: bool
 
     @property
     def key(self) -> str:
-        return f"{self.shape}/{self.inputs}/{self.contender}/{'both' if self.gradients else 'forward'}"
+        return f"{self.shape}/{self.inputs}/{self.provider}/{'both' if self.gradients else 'forward'}"
 
 
 def entries(shape: str, inputs: str, forward: str = "", both: str = "") -> list[Entry]:
@@ -129,7 +129,7 @@ class Results:
         item = {
             "shape": entry.shape,
             "inputs": entry.inputs,
-            "contender": entry.contender,
+            "provider": entry.provider,
             "pass": "forward+backward" if entry.gradients else "forward",
             **found,
         }
@@ -140,13 +140,13 @@ class Results:
 
 
 def key_of(item: dict) -> str:
-    return Entry(item["shape"], item["inputs"], item["contender"], item["pass"] != "forward").key
+    return Entry(item["shape"], item["inputs"], item["provider"], item["pass"] != "forward").key
 
 
 def gave_up(data: dict, entry: Entry) -> str | None:
-    """Why a contender that hung or killed its process is left alone: peers after once, ours after twice."""
-    fatal = [i for i in data["items"] if i.get("fatal") and i["contender"] == entry.contender]
-    return fatal[-1]["reason"] if len(fatal) >= (2 if entry.contender.startswith("ours") else 1) else None
+    """Why a provider that hung or killed its process is left alone: peers after once, ours after twice."""
+    fatal = [i for i in data["items"] if i.get("fatal") and i["provider"] == entry.provider]
+    return fatal[-1]["reason"] if len(fatal) >= (2 if entry.provider.startswith("ours") else 1) else None
 
 
 @functools.cache

@@ -19,7 +19,7 @@ def time_of(data: dict, **wanted) -> float | None:
 
 
 def is_peer(item: dict) -> bool:
-    return not item["contender"].startswith(("ours", "bare", "large copy", "copy of"))
+    return not item["provider"].startswith(("ours", "bare", "large copy", "copy of"))
 
 
 def groups(data: dict) -> list[tuple[str, str]]:
@@ -49,8 +49,8 @@ def goals(data: dict) -> list[dict]:
         status = "not measured" if not values else "met" if met else "missed"
         found.append({"goal": text, "status": status, "found": {name: round(value, 4) for name, value in measured}})
 
-    def times(shape: str, inputs: str, contender: str, which: str = BOTH) -> float | None:
-        return time_of(data, shape=shape, inputs=inputs, contender=contender, pass_=which)
+    def times(shape: str, inputs: str, provider: str, which: str = BOTH) -> float | None:
+        return time_of(data, shape=shape, inputs=inputs, provider=provider, pass_=which)
 
     trl = [inputs for shape, inputs in groups(data) if shape == "trl"]
     liger = [inputs for shape, inputs in groups(data) if shape == "liger"]
@@ -59,7 +59,7 @@ def goals(data: dict) -> list[dict]:
         ((i, ratio(times("trl", i, "bare 2NDV", FORWARD), times("trl", i, "ours", FORWARD))) for i in trl),
         least=0.85,
     )
-    sparse = [i for i in matching(data, shape="trl", contender="ours", pass_=BOTH) if i.get("rho", 1) <= 0.1]
+    sparse = [i for i in matching(data, shape="trl", provider="ours", pass_=BOTH) if i.get("rho", 1) <= 0.1]
     bare = times("trl", "flat", "bare 6NDV")
     goal(
         "forward and backward at rho <= 0.1: at most 0.55 of the bare 6NDV's time (trl)",
@@ -93,18 +93,18 @@ def goals(data: dict) -> list[dict]:
         ((i, ratio(times("trl", i, "ours, exact"), times("trl", i, "bare 8NDV"))) for i in trl),
         most=1.25,
     )
-    copies = matching(data, shape="step_kto", contender="large copy")
+    copies = matching(data, shape="step_kto", provider="large copy")
     rate = copies[0]["gb_per_s"] if copies else None
-    graphs = matching(data, shape="step_kto", contender="ours, as a CUDA graph")
+    graphs = matching(data, shape="step_kto", provider="ours, as a CUDA graph")
     goal(
         "step_kto: within twice the time of its bytes, as a CUDA graph",
         (("tokens", i["median_ms"] * 1e6 * rate / i["bytes"] if rate else None) for i in graphs),
         most=2,
     )
-    ours = [i for i in matching(data) if i["contender"].startswith("ours") and i.get("peak_share_bf16") is not None]
+    ours = [i for i in matching(data) if i["provider"].startswith("ours") and i.get("peak_share_bf16") is not None]
     goal(
         "peak memory beyond inputs and gradients: under 3 % of the bf16 logits (every shape)",
-        ((f"{i['shape']}, {i['inputs']}, {i['contender']}, {i['pass']}", i["peak_share_bf16"]) for i in ours),
+        ((f"{i['shape']}, {i['inputs']}, {i['provider']}, {i['pass']}", i["peak_share_bf16"]) for i in ours),
         most=0.03,
     )
     return found
@@ -127,13 +127,13 @@ def group_lines(data: dict, shape: str, inputs: str) -> list[str]:
         f"{'peak':>6}"
     )
     bare = {
-        FORWARD: time_of(data, shape=shape, inputs=inputs, contender="bare 2NDV", pass_=FORWARD)
-        or time_of(data, shape=shape, inputs="flat", contender="bare 2NDV", pass_=FORWARD),
-        BOTH: time_of(data, shape=shape, inputs=inputs, contender="bare 6NDV", pass_=BOTH)
-        or time_of(data, shape=shape, inputs="flat", contender="bare 6NDV", pass_=BOTH),
+        FORWARD: time_of(data, shape=shape, inputs=inputs, provider="bare 2NDV", pass_=FORWARD)
+        or time_of(data, shape=shape, inputs="flat", provider="bare 2NDV", pass_=FORWARD),
+        BOTH: time_of(data, shape=shape, inputs=inputs, provider="bare 6NDV", pass_=BOTH)
+        or time_of(data, shape=shape, inputs="flat", provider="bare 6NDV", pass_=BOTH),
     }
-    for name in dict.fromkeys(item["contender"] for item in items):
-        cells: dict[str, Any] = {item["pass"]: item for item in items if item["contender"] == name}
+    for name in dict.fromkeys(item["provider"] for item in items):
+        cells: dict[str, Any] = {item["pass"]: item for item in items if item["provider"] == name}
         fwd, both = cells.get(FORWARD, {}).get("median_ms"), cells.get(BOTH, {}).get("median_ms")
         last = cells.get(BOTH) or cells[FORWARD]
         share = last.get("peak_share_bf16")
@@ -147,13 +147,13 @@ def group_lines(data: dict, shape: str, inputs: str) -> list[str]:
     for which, mine in ((FORWARD, "ours"), (BOTH, "ours"), (BOTH, "ours, linear_step_kto")):
         kto = {"Liger KTO", "Liger KTO, compiled"}
         peers = [i for i in items if is_peer(i) and i["pass"] == which]
-        peers = [i for i in peers if (i["contender"] in kto if "kto" in mine else "KTO" not in i["contender"])]
+        peers = [i for i in peers if (i["provider"] in kto if "kto" in mine else "KTO" not in i["provider"])]
         if not peers:
             continue
         best = min(peers, key=lambda i: i["median_ms"])
-        times = ratio(best["median_ms"], time_of(data, shape=shape, inputs=inputs, contender=mine, pass_=which))
+        times = ratio(best["median_ms"], time_of(data, shape=shape, inputs=inputs, provider=mine, pass_=which))
         if times:
-            lines.append(f"  {which}: {mine} is {times:.2f} times as fast as the strongest peer, {best['contender']}")
+            lines.append(f"  {which}: {mine} is {times:.2f} times as fast as the strongest peer, {best['provider']}")
     return lines
 
 
@@ -166,7 +166,7 @@ def table(data: dict) -> str:
     for item in data["items"]:
         if item["status"] != "ok":
             where = f"{item['shape']}/{item['inputs']}/{item['pass']}"
-            failures.setdefault((item["contender"], f"{item['status']}: {item['reason']}"), []).append(where)
+            failures.setdefault((item["provider"], f"{item['status']}: {item['reason']}"), []).append(where)
     late = [where for (_, reason), places in failures.items() if reason.startswith("not reached") for where in places]
     for (who, reason), places in failures.items():
         if not reason.startswith("not reached"):
@@ -196,7 +196,7 @@ def new_axes(title: str, subtitle: str, height: float):
 
 
 def bars(data: dict, shape: str, inputs: str, value: str, title: str, unit: str):
-    """Horizontal bars of the forward and backward of every contender on one set of inputs, or None."""
+    """Horizontal bars of the forward and backward of every provider on one set of inputs, or None."""
     items = [i for i in matching(data, shape=shape, inputs=inputs, pass_=BOTH) if i.get(value) is not None]
     items = sorted(items, key=lambda i: i[value], reverse=True)
     if not items:
@@ -207,9 +207,9 @@ def bars(data: dict, shape: str, inputs: str, value: str, title: str, unit: str)
         f"mean entropy {first['entropy']:.2f} nats"
     )
     figure, axes = new_axes(title, subtitle, 1.6 + 0.33 * len(items))
-    colours = [OURS if i["contender"].startswith("ours") else PEER if is_peer(i) else BARE for i in items]
+    colours = [OURS if i["provider"].startswith("ours") else PEER if is_peer(i) else BARE for i in items]
     values = [max(i[value], 0.0) for i in items]
-    axes.barh([i["contender"] for i in items], values, color=colours, height=0.7)
+    axes.barh([i["provider"] for i in items], values, color=colours, height=0.7)
     for place, (item, length) in enumerate(zip(items, values, strict=True)):
         share = f" ({item['peak_share_bf16']:.1%} of bf16 logits)" if value == "peak_mib" else ""
         axes.text(length, place, f"  {length:,.3g}{share}" if length < 1000 else f"  {length:,.0f}{share}", va="center")
@@ -220,7 +220,7 @@ def bars(data: dict, shape: str, inputs: str, value: str, title: str, unit: str)
 
 def curve(data: dict, shape: str):
     """Time over rho, or over the entropy where no rho is known."""
-    items = matching(data, shape=shape, contender="ours", pass_=BOTH)
+    items = matching(data, shape=shape, provider="ours", pass_=BOTH)
     if not items:
         return None
     known = any(i.get("rho") is not None for i in items)
@@ -236,7 +236,7 @@ def curve(data: dict, shape: str):
         )  # fmt: skip
     lines = (("bare 6NDV", BARE, "-"), ("bare 8NDV", BARE, ":"), ("ours, exact", OURS, "--"), ("TRL", INK, "--"))
     for name, colour, style in lines:
-        height = time_of(data, shape=shape, inputs="flat", contender=name, pass_=BOTH)
+        height = time_of(data, shape=shape, inputs="flat", provider=name, pass_=BOTH)
         if height is not None:
             axes.axhline(height, color=colour, linestyle=style, linewidth=1.2, label=name)
     what = "rho: share of (token, vocabulary tile) pairs that the backward visits"

@@ -1,4 +1,4 @@
-"""The measuring process of gpu.py: makes the inputs, checks a contender against the fp64 truth, then times it.
+"""The measuring process of gpu.py: makes the inputs, checks a provider against the fp64 truth, then times it.
 
 python bench/gpu_measure.py RESULTS.json DEVICE DEADLINE SHAPE...
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import gpu
-import gpu_contenders
-import gpu_inputs
-import gpu_objective
-import gpu_peers  # noqa: F401  registers them
+import head_inputs
+import peers  # noqa: F401  registers them
+import providers
+import step_kto_inputs
 import stepkto_kernels as sk
 import torch
 from stepkto_kernels import backends
@@ -96,35 +96,35 @@ def chosen_backend(op: str, device: torch.device) -> str:
     return next((name for name in order if backends.why_not(op, name) is None), "reference")
 
 
-def measure(entry: gpu.Entry, make: gpu_inputs.Maker, objective: Callable, clock: Clock) -> dict:
+def measure(entry: gpu.Entry, make: head_inputs.Maker, objective: Callable, clock: Clock) -> dict:
     x: Any
     errors: Callable
     if entry.shape == "step_kto":
-        x, known, errors = objective(), gpu_objective.CONTENDERS, gpu_objective.errors
-        sizes = {"n": x.n, "bytes": gpu_objective.BYTES * x.n}
+        x, known, errors = objective(), step_kto_inputs.PROVIDERS, step_kto_inputs.errors
+        sizes = {"n": x.n, "bytes": step_kto_inputs.BYTES * x.n}
     else:
         # the language model brings its own shape
-        shape = gpu_inputs.SHAPES.get(entry.shape) or gpu_inputs.Shape(entry.shape, 0, 0, 0)
-        x, known, errors = make(shape, entry.inputs), gpu_contenders.CONTENDERS, gpu_contenders.errors
+        shape = head_inputs.SHAPES.get(entry.shape) or head_inputs.Shape(entry.shape, 0, 0, 0)
+        x, known, errors = make(shape, entry.inputs), providers.PROVIDERS, providers.errors
         sizes = x.shape._asdict() | {"entropy": x.truth.entropy.mean().item()}
         quantiles = torch.tensor([0.5, 0.8, 0.95], dtype=torch.float64, device=x.device)
         sizes |= {"entropy_quantiles": x.truth.entropy.quantile(quantiles).tolist()}
         sizes = {name: value for name, value in sizes.items() if name != "name"}
-    contender = known[entry.contender]
+    provider = known[entry.provider]
     facts: dict = {**sizes, "seconds": 0.0}
-    if contender.op:
-        facts["backend"] = chosen_backend(contender.op, x.device)
-    call = contender.start(x, entry.gradients)
+    if provider.op:
+        facts["backend"] = chosen_backend(provider.op, x.device)
+    call = provider.start(x, entry.gradients)
     found = call()
-    if contender.kind != "none":
-        facts["value_error"], facts["gradient_error"] = errors(x, contender, found)
-        allowed = TOLERANCE["ours" if contender.op else "peers"]
+    if provider.kind != "none":
+        facts["value_error"], facts["gradient_error"] = errors(x, provider, found)
+        allowed = TOLERANCE["ours" if provider.op else "peers"]
         for what, most in zip(("value_error", "gradient_error"), allowed, strict=True):
             if facts[what] is not None and not facts[what] <= most:  # NaN, too
                 facts["status"] = "wrong"
                 facts["reason"] = f"{what.replace('_', ' ')} {facts[what]:.2g} beyond {most:g}"
                 return facts
-        if contender.op and entry.gradients:
+        if provider.op and entry.gradients:
             facts |= records(call)
         if hasattr(x, "shape"):
             del found
@@ -137,10 +137,10 @@ def measure(entry: gpu.Entry, make: gpu_inputs.Maker, objective: Callable, clock
     facts |= clock.time(call, gpu.SECONDS if clock.cuda else 0.02)
     seconds = facts["median_ms"] / 1e3
     if hasattr(x, "shape"):
-        products = 2 if not entry.gradients else 8 if entry.contender == "bare 8NDV" else 6
+        products = 2 if not entry.gradients else 8 if entry.provider == "bare 8NDV" else 6
         facts["tflops"] = products * x.shape.n * x.shape.d * x.shape.v / seconds / 1e12
     else:
-        moved = facts["bytes"] if contender.name != "large copy" else 2 * gpu_objective.large_copy(x.device)
+        moved = facts["bytes"] if provider.name != "large copy" else 2 * step_kto_inputs.large_copy(x.device)
         facts["bytes"], facts["gb_per_s"] = moved, moved / seconds / 1e9
     return facts | {"status": "ok"}
 
@@ -153,9 +153,9 @@ def attempt(entry: gpu.Entry, *others) -> dict:
     start = time.monotonic()
     try:
         facts = measure(entry, *others)
-    except (ImportError, gpu_contenders.UnsupportedError) as error:
+    except (ImportError, providers.UnsupportedError) as error:
         facts = {"status": "not available", "reason": one_line(error)}
-    except Exception as error:  # whatever a contender does, the next one runs
+    except Exception as error:  # whatever a provider does, the next one runs
         facts = {"status": "failed", "reason": f"{type(error).__name__}: {one_line(error)}"}
     return facts | {"seconds": round(time.monotonic() - start, 2)}
 
@@ -176,13 +176,13 @@ def main() -> int:
     device = torch.device(device_name)
     results = gpu.Results(Path(path))
     done = {gpu.key_of(item) for item in results.data["items"]}
-    make, clock = gpu_inputs.Maker(device), Clock(device)
-    tokens: list[gpu_objective.Tokens] = []
+    make, clock = head_inputs.Maker(device), Clock(device)
+    tokens: list[step_kto_inputs.Tokens] = []
 
-    def objective() -> gpu_objective.Tokens:
+    def objective() -> step_kto_inputs.Tokens:
         if not tokens:
             size = {} if clock.cuda else {"n": 4000}
-            tokens.append(gpu_objective.Tokens(device, **size))
+            tokens.append(step_kto_inputs.Tokens(device, **size))
         return tokens[0]
 
     for entry in gpu.plan(shapes):
@@ -195,8 +195,8 @@ def main() -> int:
         if fatal := gpu.gave_up(results.data, entry):
             results.finish(entry, status="failed", reason=f"not tried again: {fatal}")
             continue
-        contender = gpu_contenders.CONTENDERS.get(entry.contender)
-        limit = LM_LIMIT if entry.shape == "lm" else LIMITS[bool(contender and contender.compiles)]
+        provider = providers.PROVIDERS.get(entry.provider)
+        limit = LM_LIMIT if entry.shape == "lm" else LIMITS[bool(provider and provider.compiles)]
         results.begin(entry, limit)
         facts = attempt(entry, make, objective, clock)
         results.finish(entry, **facts)

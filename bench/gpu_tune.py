@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu
-import gpu_inputs
 import gpu_measure
 import gpu_tune_measure
+import head_inputs
 import torch
 from gpu_tune_candidates import FILE, KERNELS, candidates, compile_only
 from stepkto_kernels import triton_backend
@@ -37,7 +37,7 @@ BACKWARD = ("pair", "weight", "hidden")
 class Ahead:
     """Compiles candidates in processes of their own while the inputs are made."""
 
-    def __init__(self, jobs: list[tuple[str, tuple[int, ...]]], shape: gpu_inputs.Shape, device: torch.device):
+    def __init__(self, jobs: list[tuple[str, tuple[int, ...]]], shape: head_inputs.Shape, device: torch.device):
         workers = min(8, max(1, (os.cpu_count() or 2) // 2))
         self.pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
         self.jobs = [self.pool.submit(gpu_tune_measure.compile_ahead, *job, shape, str(device)) for job in jobs]
@@ -66,7 +66,7 @@ class Sweep:
         self.arguments, self.results, self.data = arguments, results, results.data
         self.device = torch.device(arguments.device)
         self.clock = clock or gpu_tune_measure.Clock(self.device)
-        self.shape = gpu_inputs.SHAPES[arguments.shape]
+        self.shape = head_inputs.SHAPES[arguments.shape]
         self.names = [name for name in KERNELS if name.split()[0] in arguments.kernels]
         if running := self.data.pop("running", None):
             self.record(**running, status="failed", reason="hung, or its process died")
@@ -122,7 +122,7 @@ class Sweep:
         return operations | found.get("operations", {})
 
     def run(self, deadline: float) -> None:
-        make, levels = gpu_inputs.Maker(self.device), self.arguments.inputs
+        make, levels = head_inputs.Maker(self.device), self.arguments.inputs
         ahead = None
         if self.clock.cuda:
             done = {(item["kernel"], tuple(item["values"])) for item in self.data["items"]}
@@ -190,7 +190,7 @@ def table(data: dict) -> str:
 def main(words: list[str] | None = None, clock: Any = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     kernels = ("forward", *BACKWARD, "kl")
-    parser.add_argument("--shape", default="trl", choices=list(gpu_inputs.SHAPES))
+    parser.add_argument("--shape", default="trl", choices=list(head_inputs.SHAPES))
     parser.add_argument("--inputs", nargs="+", default=[gpu.CHIEF, "flat"])
     parser.add_argument("--kernels", nargs="+", default=list(kernels), choices=kernels)
     parser.add_argument("--budget-seconds", type=float, default=300)

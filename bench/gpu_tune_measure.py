@@ -8,9 +8,9 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_contenders
-import gpu_inputs
 import gpu_measure
+import head_inputs
+import providers
 import torch
 from gpu_tune_candidates import KERNELS, configured, replaced
 from stepkto_kernels.linear_logp import triton_backward, triton_forward, triton_route
@@ -122,7 +122,7 @@ class Compiler(Idle):
         return lambda *arguments, **options: self.kernel.warmup(*arguments, grid=grid, **options)
 
 
-def compile_ahead(name: str, values: tuple[int, ...], shape: gpu_inputs.Shape, device: str) -> None:
+def compile_ahead(name: str, values: tuple[int, ...], shape: head_inputs.Shape, device: str) -> None:
     """Into Triton's cache on disk, in a process of its own: one call with every launch left out."""
     new, kernel = torch.empty, KERNELS[name]
     hidden, weight = (new(size, shape.d, dtype=torch.bfloat16, device=device) for size in (shape.n, shape.v))
@@ -238,7 +238,7 @@ def workspaces(problem: Problem, clock: Clock) -> list[dict]:
         try:
             with replaced(triton_backward, WORKSPACE_BYTES=2**power):
                 times = rounds(problem.backward, clock, [], lambda start, end, host: (clock.between(start, end), host))
-                call = lambda: gpu_contenders.Found(None, *problem.backward())  # noqa: E731
+                call = lambda: providers.Found(None, *problem.backward())  # noqa: E731
                 mib = gpu_measure.peak(call, problem.x.device)
             device, host = (statistics.median(column) for column in zip(*times, strict=True))
             found.append({"bytes": f"2^{power}", "ms": device, "host_ms": host, "peak_mib": mib})

@@ -5,7 +5,7 @@
 The peak is the process's highest resident size during a call (VmHWM, reset before it), less what was resident before
 and less the gradients that the call returns; Linux only. A first call warms up: thread pools, compiled products. glibc
 would keep freed memory and hand it out again unseen, or touch it again as if it were new: blocks of 64 KiB and more are
-mapped and unmapped one by one here (M_MMAP_THRESHOLD). In a process that runs many contenders what they left behind
+mapped and unmapped one by one here (M_MMAP_THRESHOLD). In a process that runs many providers what they left behind
 cannot be told from what a call needs, which is why bench_native.py's column is rough for anything that needs little.
 """
 
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from bench_native import CLEAR, DTYPES, GOALS, PEAKED, memory
 from conftest import processor
-from gpu_inputs import Maker
+from head_inputs import Maker
 from safetensors.torch import load_file, save_file
 from stepkto_kernels import backend, linear_logp, watch
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py on the CPU at tiny shapes: its truths, its inputs, what it does with contenders that fail, its files."""
+"""bench/gpu.py on the CPU at tiny shapes: its truths, its inputs, what it does with providers that fail, its files."""
 
 import contextlib
 import json
@@ -16,25 +16,25 @@ BENCH = Path(__file__).resolve().parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 
 import gpu  # noqa: E402
-import gpu_contenders  # noqa: E402
 import gpu_figures  # noqa: E402
-import gpu_inputs  # noqa: E402
 import gpu_measure  # noqa: E402
-import gpu_objective  # noqa: E402
+import head_inputs  # noqa: E402
+import providers  # noqa: E402
+import step_kto_inputs  # noqa: E402
 
 CPU = torch.device("cpu")
-TINY = gpu_inputs.SHAPES["tiny"]
+TINY = head_inputs.SHAPES["tiny"]
 
 
 @pytest.fixture(scope="module")
 def make():
-    return gpu_inputs.Maker(CPU)
+    return head_inputs.Maker(CPU)
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
 def test_truths_agree_with_autograd(make, softcap):
     plain = make(TINY, "peaked 1.0")
-    x = gpu_inputs.Inputs(TINY._replace(softcap=softcap), "x", plain.hidden, plain.weight)
+    x = head_inputs.Inputs(TINY._replace(softcap=softcap), "x", plain.hidden, plain.weight)
     leaves = [x.hidden.double().requires_grad_(), x.weight.double().requires_grad_()]
     logp, entropy = linear_logp_truth.linear_logp_entropy(*leaves, x.target, softcap=softcap)
     torch.testing.assert_close(x.truth.logp, logp.detach())
@@ -71,7 +71,7 @@ def test_flat_inputs_are_flat(make):
 
 
 def attempt(make, name, shape="tiny", **patches):
-    tokens = gpu_objective.Tokens(CPU, n=400, completion=40, step=10)
+    tokens = step_kto_inputs.Tokens(CPU, n=400, completion=40, step=10)
     entry = gpu.Entry(shape, "flat", name, gradients=True)
     return gpu_measure.attempt(entry, make, lambda: tokens, gpu_measure.Clock(CPU))
 
@@ -84,16 +84,16 @@ def test_failures_are_recorded_with_their_reason(make, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 9 GiB")
 
     def off_by_a_half(x, gradients):
-        call = gpu_contenders.CONTENDERS["ours"].start(x, gradients)
+        call = providers.PROVIDERS["ours"].start(x, gradients)
         return lambda: call()._replace(value=call().value - 0.7)
 
     def wrong_gradients(x, gradients):
-        call = gpu_contenders.CONTENDERS["ours"].start(x, gradients)
+        call = providers.PROVIDERS["ours"].start(x, gradients)
         return lambda: call()._replace(dweight=torch.full_like(x.weight, torch.nan))
 
     for function in (absent, out_of_memory, off_by_a_half, wrong_gradients):
-        contender = gpu_contenders.Contender(function.__name__, function)
-        monkeypatch.setitem(gpu_contenders.CONTENDERS, function.__name__, contender)
+        provider = providers.Provider(function.__name__, function)
+        monkeypatch.setitem(providers.PROVIDERS, function.__name__, provider)
     found = {name: attempt(make, name) for name in ("absent", "out_of_memory", "off_by_a_half", "wrong_gradients")}
     assert found["absent"]["status"] == "not available"
     assert "a_package_that_nobody_has" in found["absent"]["reason"]
@@ -142,7 +142,7 @@ def test_events_and_memory_of_a_gpu(make, monkeypatch):
         def elapsed_time(self, other):
             return other.at - self.at
 
-    found = gpu_contenders.Found(None, torch.zeros(2**18), torch.zeros(2**19))
+    found = providers.Found(None, torch.zeros(2**18), torch.zeros(2**19))
     for name, value in (
         ("Event", Event),
         ("synchronize", lambda: order.append("wait")),
@@ -197,17 +197,17 @@ def test_what_no_time_was_left_for_is_recorded(tmp_path):
 
 def test_the_plan_starts_with_what_is_worth_most():
     first = gpu.plan(["all"])
-    assert [e.contender for e in first[:4]] == ["bare 2NDV", "bare 6NDV", "bare 8NDV", "ours"]
-    assert {e.shape for e in first} == set(gpu_inputs.SHAPES) - {"tiny"} | {"step_kto"}
-    known = gpu_contenders.CONTENDERS | gpu_objective.CONTENDERS
-    assert {e.contender for e in gpu.plan(["all", "lm", "tiny"])} <= set(known)
+    assert [e.provider for e in first[:4]] == ["bare 2NDV", "bare 6NDV", "bare 8NDV", "ours"]
+    assert {e.shape for e in first} == set(head_inputs.SHAPES) - {"tiny"} | {"step_kto"}
+    known = providers.PROVIDERS | step_kto_inputs.PROVIDERS
+    assert {e.provider for e in gpu.plan(["all", "lm", "tiny"])} <= set(known)
     with pytest.raises(SystemExit, match="unknown shapes nonsense"):
         gpu.plan(["nonsense"])
 
 
-def item(shape, inputs, contender, which, ms, **facts):
+def item(shape, inputs, provider, which, ms, **facts):
     sizes = {"n": 8192, "d": 4096, "v": 151936, "entropy": 0.3, "peak_mib": 20.0, "peak_share_bf16": 0.01}
-    return {"shape": shape, "inputs": inputs, "contender": contender, "pass": which, "status": "ok"} | sizes | {
+    return {"shape": shape, "inputs": inputs, "provider": provider, "pass": which, "status": "ok"} | sizes | {
         "median_ms": ms, "gradient_error": 1e-3, **facts
     }  # fmt: skip
 
@@ -225,7 +225,7 @@ def test_goals_table_and_figures_of_a_json(tmp_path):
         item("trl", "peaked 0.3", "ours", both, 20.0, rho=0.08),
         item("liger", "flat", "ours, linear_step_kto", both, 10.0),
         item("liger", "flat", "Liger KTO", both, 50.0),
-        {"shape": "trl", "inputs": "flat", "contender": "x", "pass": both, "status": "failed", "reason": "because"},
+        {"shape": "trl", "inputs": "flat", "provider": "x", "pass": both, "status": "failed", "reason": "because"},
     ]
     data = {"machine": {"gpu": "Test GPU", "torch": "2", "date": "today"}, "items": items}
     status = [goal["status"] for goal in gpu_figures.goals(data)]
@@ -253,7 +253,7 @@ def test_a_whole_run_on_the_cpu(tmp_path):
     assert "triton" in data["machine"]
     assert [gpu.key_of(i) for i in data["items"]] == [e.key for e in gpu.plan(["tiny"])]
     for one in data["items"]:
-        if one["contender"].startswith(("ours", "bare", "full logits")):
+        if one["provider"].startswith(("ours", "bare", "full logits")):
             assert one["status"] == "ok", one
             assert one["median_ms"] > 0
             assert one["iqr_ms"] >= 0
@@ -264,7 +264,7 @@ def test_a_whole_run_on_the_cpu(tmp_path):
         else:
             assert one["status"] in ("ok", "not available"), one
             assert one["status"] == "ok" or one["reason"]
-        if one["contender"].startswith("ours"):
+        if one["provider"].startswith("ours"):
             assert one["backend"] in ("reference", "native")
             assert one["value_error"] < 1e-3
     assert "NOT MEASURED" in run.stdout

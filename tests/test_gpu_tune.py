@@ -16,10 +16,10 @@ sys.path.insert(0, str(BENCH))
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
 
-import gpu_inputs  # noqa: E402
 import gpu_tune  # noqa: E402
 import gpu_tune_candidates  # noqa: E402
 import gpu_tune_measure  # noqa: E402
+import head_inputs  # noqa: E402
 
 compiling = pytest.mark.skipif(INTERPRETING, reason="kernels defined under the interpreter cannot be compiled")
 interpreting = pytest.mark.skipif(not INTERPRETING, reason="needs TRITON_INTERPRET=1, or a GPU and bench/gpu_tune.py")
@@ -92,7 +92,7 @@ def test_a_candidate_is_compiled_ahead_and_nothing_is_launched(monkeypatch):
 
     monkeypatch.setattr(triton.JITFunction, "warmup", recorded)
     monkeypatch.setattr(gpu_tune_measure.triton_backward, "WORKSPACE_BYTES", 2**16)
-    shape = gpu_inputs.Shape("mini", 256, 64, 1024)
+    shape = head_inputs.Shape("mini", 256, 64, 1024)
     monkeypatch.setattr(triton.runtime.driver, "_active", Driver())
     gpu_tune_measure.compile_ahead("weight", (32, 64, 4, 2), shape, "cpu")
     assert len(compiled) > 2  # every chunk: its number is an argument, of which Triton specialises 0 and 1
@@ -162,7 +162,7 @@ def test_the_table_marks_the_best():
 @interpreting
 def test_the_timing_runs_in_tritons_interpreter(tmp_path, monkeypatch):
     """The spy, the checks, candidates that fail or are wrong, what the compiler left out, and the JSON."""
-    monkeypatch.setitem(gpu_inputs.SHAPES, "mini", gpu_inputs.Shape("mini", 20, 32, 200))
+    monkeypatch.setitem(head_inputs.SHAPES, "mini", head_inputs.Shape("mini", 20, 32, 200))
     good = {
         "forward": (32, 128, 32, 8, 1, 8, 2),
         "pair": (32, 8, 2),

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import stepkto_kernels as sk
 import torch
-from gpu_contenders import Contender, Found, require
-from gpu_inputs import batch
+from head_inputs import batch
+from providers import Found, Provider, require
 from torch import Tensor
 
 BYTES = 12  # a token
@@ -97,20 +97,20 @@ def large_copy(device: torch.device) -> int:
     return 2**30 if device.type == "cuda" else 2**20
 
 
-CONTENDERS = {
+PROVIDERS = {
     each.name: each
     for each in (
-        Contender("large copy", lambda x, _: copy(x, large_copy(x.device)), "none"),
-        Contender("copy of its bytes", lambda x, _: copy(x, BYTES * x.n // 2), "none"),
-        Contender("ours", lambda x, _: both(x.fused, x), "objective", "step_kto"),
-        Contender("ours, as a CUDA graph", lambda x, _: graph(both(x.fused, x), x), "objective", "step_kto"),
-        Contender("plain torch", lambda x, _: both(x.by_hand, x), "objective"),
-        Contender("plain torch, as a CUDA graph", lambda x, _: graph(both(x.by_hand, x), x), "objective"),
+        Provider("large copy", lambda x, _: copy(x, large_copy(x.device)), "none"),
+        Provider("copy of its bytes", lambda x, _: copy(x, BYTES * x.n // 2), "none"),
+        Provider("ours", lambda x, _: both(x.fused, x), "objective", "step_kto"),
+        Provider("ours, as a CUDA graph", lambda x, _: graph(both(x.fused, x), x), "objective", "step_kto"),
+        Provider("plain torch", lambda x, _: both(x.by_hand, x), "objective"),
+        Provider("plain torch, as a CUDA graph", lambda x, _: graph(both(x.by_hand, x), x), "objective"),
     )
 }
 
 
-def errors(x: Tokens, contender: Contender, found: Found) -> tuple[float, float]:
+def errors(x: Tokens, provider: Provider, found: Found) -> tuple[float, float]:
     loss, slope = x.truth
     assert found.dhidden is not None
     relative = ((found.dhidden.double() - slope).norm() / slope.norm()).item()

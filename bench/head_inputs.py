@@ -271,7 +271,7 @@ class Maker:
             if kind == "flat":
                 self.inputs = flat_inputs(shape, self.device)
             else:
-                from gpu_language_model import real_inputs
+                from language_model import real_inputs
 
                 self.inputs = real_inputs(self.device, tiny=self.device.type == "cpu")
             return self.inputs

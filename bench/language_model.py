@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from gpu_inputs import Inputs, Shape
+from head_inputs import Inputs, Shape
 from torch import Tensor, nn
 from torch.nn import functional as F
 

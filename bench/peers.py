@@ -11,12 +11,12 @@ import types
 from collections.abc import Callable
 
 import torch
-from gpu_contenders import BETA, contender, require, unreferenced_point
-from gpu_inputs import Inputs, capped
+from head_inputs import Inputs, capped
+from providers import BETA, provider, require, unreferenced_point
 from torch.nn import functional as F
 
 
-@contender("TRL")
+@provider("TRL")
 def trl(x):
     from trl.kernels import ChunkedLogProbFunction
 
@@ -47,27 +47,27 @@ def liger_kto(x: Inputs, reference: bool, compiled: bool) -> Callable:
     return lambda h, w: loss(h.view(-1, completion, d), w, target, **others)[0]
 
 
-@contender("Liger KTO, compiled", kind="kto", compiles=True)
+@provider("Liger KTO, compiled", kind="kto", compiles=True)
 def liger_kto_compiled(x):
     return liger_kto(x, reference=False, compiled=x.device.type == "cuda")
 
 
-@contender("Liger KTO", kind="kto")
+@provider("Liger KTO", kind="kto")
 def liger_kto_plain(x):
     return liger_kto(x, reference=False, compiled=False)
 
 
-@contender("Liger KTO with its reference", kind="kto with reference")
+@provider("Liger KTO with its reference", kind="kto with reference")
 def liger_kto_with_reference(x):
     return liger_kto(x, reference=True, compiled=False)
 
 
-@contender("Liger KTO with its reference, compiled", kind="kto with reference", compiles=True)
+@provider("Liger KTO with its reference, compiled", kind="kto with reference", compiles=True)
 def liger_kto_with_reference_compiled(x):
     return liger_kto(x, reference=True, compiled=x.device.type == "cuda")
 
 
-@contender("Liger cross-entropy", kind="mean")
+@provider("Liger cross-entropy", kind="mean")
 def liger_cross_entropy(x):
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -76,7 +76,7 @@ def liger_cross_entropy(x):
     return lambda h, w: loss(w, h, x.target)
 
 
-@contender("Liger scaled cross-entropy")
+@provider("Liger scaled cross-entropy")
 def liger_scaled(x):
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Loss
 
@@ -85,7 +85,7 @@ def liger_scaled(x):
     return lambda h, w: -Loss.apply(h, w, x.target)
 
 
-@contender("Liger scaled cross-entropy, fallback")
+@provider("Liger scaled cross-entropy, fallback")
 def liger_scaled_fallback(x):
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
@@ -94,7 +94,7 @@ def liger_scaled_fallback(x):
     return lambda h, w: -function.apply(h, w, x.target, 1.0, -100, False)
 
 
-@contender("cut-cross-entropy")
+@provider("cut-cross-entropy")
 def cut_cross_entropy(x):
     from cut_cross_entropy import linear_cross_entropy
 
@@ -108,13 +108,13 @@ def torch_linear_cross_entropy(x: Inputs, **options) -> Callable:
     return functools.partial(F.linear_cross_entropy, target=x.target, **options)
 
 
-@contender("torch linear_cross_entropy")
+@provider("torch linear_cross_entropy")
 def torch_reference(x):
     function = torch_linear_cross_entropy(x, reduction="none")
     return lambda h, w: -function(h, w)
 
 
-@contender("torch linear_cross_entropy, chunked", kind="mean")
+@provider("torch linear_cross_entropy, chunked", kind="mean")
 def torch_chunked(x):
     require(hasattr(torch.nn, "LinearCrossEntropyOptions"), f"torch {torch.__version__} has no chunking option")
     return torch_linear_cross_entropy(x, options=torch.nn.LinearCrossEntropyOptions())
@@ -125,12 +125,12 @@ def full_logits(h, w, target, softcap):
     return torch.log_softmax(logits.float(), -1).gather(1, target[:, None]).squeeze(1)
 
 
-@contender("full logits")
+@provider("full logits")
 def naive(x):
     return lambda h, w: full_logits(h, w, x.target, x.shape.softcap)
 
 
-@contender("full logits, torch.compile", compiles=True)
+@provider("full logits, torch.compile", compiles=True)
 def naive_compiled(x):
     require(x.device.type == "cuda", "timed on a GPU only")
     compiled = torch.compile(full_logits, dynamic=False)

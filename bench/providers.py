@@ -1,4 +1,4 @@
-"""What is timed on a GPU, ours and the bare products here and the peers in gpu_peers.py, with one signature.
+"""What is timed on a GPU, ours and the bare products here and the peers in peers.py, with one signature.
 
 bench_native.py times the peers and the functions of ours on a CPU, with the options that it needs there.
 
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import stepkto_kernels as sk
 import torch
-from gpu_inputs import Inputs
+from head_inputs import Inputs
 from torch import Tensor
 
 BETA = 0.02  # small, so that bf16's rounding of 512 summed log-probabilities moves the slopes by a few per cent only
@@ -31,7 +31,7 @@ class Found(NamedTuple):
     dweight: Tensor | None = None
 
 
-class Contender(NamedTuple):
+class Provider(NamedTuple):
     name: str
     start: Callable[[Any, bool], Callable[[], Found]]
     kind: str = "logp"
@@ -40,7 +40,7 @@ class Contender(NamedTuple):
 
 
 class UnsupportedError(Exception):
-    """Why a contender cannot take these inputs."""
+    """Why a provider cannot take these inputs."""
 
 
 def require(condition: bool, reason: str) -> None:
@@ -70,17 +70,17 @@ def differentiated(function: Callable, kind: str, x: Inputs, gradients: bool) ->
     return both
 
 
-CONTENDERS: dict[str, Contender] = {}
+PROVIDERS: dict[str, Provider] = {}
 
 
-def contender(name: str, kind: str = "logp", op: str = "", compiles: bool = False) -> Callable:
+def provider(name: str, kind: str = "logp", op: str = "", compiles: bool = False) -> Callable:
     """Registers `make(inputs)`, which returns the function that `differentiated` describes."""
 
     def add(make: Callable[[Inputs], Callable]) -> Callable:
         def start(x: Inputs, gradients: bool) -> Callable[[], Found]:
             return differentiated(make(x), kind, x, gradients)
 
-        CONTENDERS[name] = Contender(name, start, kind, op, compiles)
+        PROVIDERS[name] = Provider(name, start, kind, op, compiles)
         return make
 
     return add
@@ -103,17 +103,17 @@ def bare(x: Inputs, forwards: int, backwards: int) -> Callable[[], Found]:
     return products
 
 
-CONTENDERS["bare 2NDV"] = Contender("bare 2NDV", lambda x, _: bare(x, 1, 0), kind="none")
-CONTENDERS["bare 6NDV"] = Contender("bare 6NDV", lambda x, _: bare(x, 1, 1), kind="none")
-CONTENDERS["bare 8NDV"] = Contender("bare 8NDV", lambda x, _: bare(x, 2, 1), kind="none")
+PROVIDERS["bare 2NDV"] = Provider("bare 2NDV", lambda x, _: bare(x, 1, 0), kind="none")
+PROVIDERS["bare 6NDV"] = Provider("bare 6NDV", lambda x, _: bare(x, 1, 1), kind="none")
+PROVIDERS["bare 8NDV"] = Provider("bare 8NDV", lambda x, _: bare(x, 2, 1), kind="none")
 
 
-@contender("ours", op="linear_logp")
+@provider("ours", op="linear_logp")
 def linear_logp(x, **options):
     return lambda h, w: sk.linear_logp(h, w, x.target, softcap=x.shape.softcap, **options)
 
 
-@contender("ours, exact", op="linear_logp")
+@provider("ours, exact", op="linear_logp")
 def linear_logp_exact(x):
     return linear_logp(x, filter_eps=0)
 
@@ -127,12 +127,12 @@ def logp_kl(x: Inputs, ref_weight: Tensor | None) -> Callable:
     return function
 
 
-@contender("ours, linear_logp_kl", kind="kl", op="linear_logp_kl")
+@provider("ours, linear_logp_kl", kind="kl", op="linear_logp_kl")
 def linear_logp_kl(x):
     return logp_kl(x, x.weight.clone())
 
 
-@contender("ours, linear_logp_kl with one head", kind="kl", op="linear_logp_kl")
+@provider("ours, linear_logp_kl with one head", kind="kl", op="linear_logp_kl")
 def linear_logp_kl_one_head(x):
     return logp_kl(x, None)
 
@@ -142,7 +142,7 @@ def unreferenced_point(x: Inputs) -> float:
     return x.truth.logp.sum().item() / len(x.batch["labels"])
 
 
-@contender("ours, linear_step_kto", kind="kto", op="linear_logp")
+@provider("ours, linear_step_kto", kind="kto", op="linear_logp")
 def linear_step_kto(x, **options):
     zeros = torch.zeros(x.shape.n, device=x.device)
     point = torch.tensor(unreferenced_point(x), device=x.device)
@@ -150,7 +150,7 @@ def linear_step_kto(x, **options):
     return lambda h, w: sk.linear_step_kto(h, w, x.target, zeros, **x.batch, **options).loss
 
 
-@contender("ours, linear_step_kto after the reference's linear_logp", kind="kto with reference", op="linear_logp")
+@provider("ours, linear_step_kto after the reference's linear_logp", kind="kto with reference", op="linear_logp")
 def linear_step_kto_with_reference(x, **options):
     options |= {"beta": BETA, "step_weight": 0.0, "softcap": x.shape.softcap}
 
@@ -162,7 +162,7 @@ def linear_step_kto_with_reference(x, **options):
     return function
 
 
-@contender("ours, linear_step_kto_exact", kind="kto exact", op="linear_logp_kl")
+@provider("ours, linear_step_kto_exact", kind="kto exact", op="linear_logp_kl")
 def linear_step_kto_exact(x):
     def function(h, w):
         return sk.linear_step_kto_exact(
@@ -172,9 +172,9 @@ def linear_step_kto_exact(x):
     return function
 
 
-def errors(x: Inputs, contender: Contender, found: Found) -> tuple[float, float | None]:
+def errors(x: Inputs, provider: Provider, found: Found) -> tuple[float, float | None]:
     """Of the value (nats for log-probabilities, else relative) and, relative, of the gradients."""
-    kind, value = contender.kind, found.value
+    kind, value = provider.kind, found.value
     slope = x.slope
     if kind in ("logp", "kl"):
         logp = value[0] if kind == "kl" else value
