@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast sanitize bench gpu tune aot lint clean
+.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot lint clean
 
 setup: $(STAMP)
 
@@ -63,8 +63,16 @@ sanitize: $(STAMP)
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "native and not lesser and not twentieth" \
 		$(addprefix tests/test_,native.py linear_logp.py linear_logp_kl.py routing.py reference_points.py step_kto.py linear_step_kto.py)
 
+# Every op against every peer, and the loop against TRL's trainer: under 15 minutes on 2 cores. Report what it found
+# with `make bench-report BENCH=...`, which draws docs/benchmarks.md and the README's table from a stored result.
+BENCH ?= runs/bench.json
 bench: $(STAMP)
-	$(BIN)/python -m pytest bench --benchmark-only
+	@mkdir -p $(dir $(BENCH))
+	$(BIN)/python -m pytest bench --benchmark-only -k "not quick" --benchmark-json=$(BENCH)
+
+bench-report: BENCH = bench/results/amd-epyc-2-cores.json
+bench-report: $(STAMP)
+	$(BIN)/python bench/report.py $(BENCH)
 
 # On a machine with a GPU, from the source tree, with the machine's own Python: no setup, no network, under 9 minutes.
 # The timings get what the tests leave of 8 of them, and run only after tests that pass: a wrong kernel has no speed.

@@ -1,110 +1,65 @@
-"""linear_logp, forward alone and with its backward, against full logits and torch's linear_cross_entropy.
-
-GFLOP/s count what the result needs, 2NDV forward and 6NDV with the backward, so that whoever recomputes or
-materialises more is slower, not busier.
-"""
-
-import functools
+"""linear_logp and linear_logp_entropy: every backend of ours, plain torch and every peer beside the bare products."""
 
 import pytest
 import torch
-from stepkto_kernels import backend, backends, linear_logp
-from stepkto_kernels.linear_logp import reference as truth
-from torch.nn import functional as F
+from head_inputs import SHAPES, Shape
+from measure import DTYPES, Case
+from registry import BARE, OPS
+from replay import replay
 
-SHAPES = [(256, 512, 8192), (512, 256, 16384)]  # (N, D, V)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def ours(name):
-    def function(hidden, weight, target):
-        with backend(name):
-            return linear_logp(hidden, weight, target)
-
-    return function
-
-
-def full_logits(hidden, weight, target):
-    logits = F.linear(hidden, weight)
-    return torch.log_softmax(logits, -1).gather(1, target[:, None]).squeeze(1)
+QUICK = Shape("quick", 256, 512, 8192, completion=64)
+CUDA = torch.cuda.is_available()
+MIDDLE = SHAPES["liger"] if CUDA else Shape("16k", 1024, 512, 16384, completion=128)
+CHIEF = SHAPES["trl"] if CUDA else Shape("32k", 2048, 1024, 32768)
+LARGE = SHAPES["llama3"] if CUDA else Shape("152k", 4096, 896, 151936)
+PEAKED = "peaked 0.6"
+OURS = ("ours, native", "ours, triton")
+EXACT = ("ours, native, exact", "ours, triton, exact")
+STRONG = ("TRL", "torch linear_cross_entropy", "cut-cross-entropy, torch.compile")
+EVERYONE = tuple(OPS["linear_logp"].providers)
 
 
-def linear_cross_entropy(hidden, weight, target):
-    return -F.linear_cross_entropy(hidden, weight, target, reduction="none")
+def head(shape: Shape, dtype: str, inputs: str, gradients: bool, names: tuple[str, ...]) -> list[Case]:
+    return [Case("head", "linear_logp", shape._replace(dtype=DTYPES[dtype]), inputs, gradients, name) for name in names]
 
 
-PROVIDERS = {"ours, reference": ours("reference"), "torch full logits": full_logits}
-if backends.why_not("linear_logp", "native") is None:
-    PROVIDERS["ours, native"] = ours("native")
-if hasattr(F, "linear_cross_entropy"):
-    PROVIDERS["torch linear_cross_entropy"] = linear_cross_entropy
+def entropies(shape: Shape) -> list[Case]:
+    op = "linear_logp_entropy"
+    return [Case("head", op, shape, PEAKED, True, name) for name in OPS[op].providers]
 
 
-@functools.cache
-def problem(shape, dtype_name):
-    """Inputs as a head sees them (logits of size 1 to 10), cotangents, and the fp64 truth of value and
-    gradients."""
-    n, d, v = shape
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(n, d, generator=generator).to(DTYPES[dtype_name])
-    weight = (torch.randn(v, d, generator=generator) * 2 / d**0.5).to(DTYPES[dtype_name])
-    target = torch.randint(0, v, (n,), generator=generator)
-    cotangent = torch.randn(n, generator=generator) / n
-    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
-    logp = truth.linear_logp(*leaves, target)
-    gradients = torch.autograd.grad(logp, leaves, cotangent.double())
-    return hidden, weight, target, cotangent, logp.detach(), gradients
+EAGER = tuple(name for name in EVERYONE if not OPS["linear_logp"].providers[name].compiles)
+CASES = [
+    *head(QUICK, "bf16", PEAKED, False, (BARE, *OURS, *STRONG[:2])),
+    *head(QUICK, "bf16", PEAKED, True, EVERYONE),
+    *head(QUICK, "fp32", PEAKED, True, EAGER),
+    *entropies(MIDDLE),
+    *head(CHIEF, "bf16", PEAKED, True, EVERYONE),
+    *head(CHIEF, "bf16", PEAKED, False, (BARE, *OURS, *STRONG)),
+    *head(CHIEF, "bf16", "flat", True, (BARE, *OURS, *EXACT)),
+    *head(CHIEF, "fp32", PEAKED, True, (BARE, *OURS, *EXACT, *STRONG)),
+    *head(CHIEF, "fp32", PEAKED, False, (BARE, *OURS, STRONG[1])),
+    *head(CHIEF, "fp32", "flat", True, (BARE, *OURS)),
+]
+FOR_GOALS = [
+    case
+    for dtype in DTYPES
+    for case in (
+        *head(LARGE, dtype, PEAKED, True, (BARE, *OURS, *EXACT, *STRONG)),
+        *head(LARGE, dtype, PEAKED, False, (BARE, *OURS)),
+        *head(LARGE, dtype, "flat", True, (BARE, *OURS)),
+    )
+]
 
 
-def check(result, dtype_name):
-    """fp32 is right to a few roundings; bf16 peers round logits (up to 10, so to 2^-6) and may not be
-    worse."""
-    *_, exact, exact_gradients = result["problem"]
-    error = (result["logp"].double() - exact).abs().max().item()
-    assert error <= (1e-4 if dtype_name == "fp32" else 0.1), error
-    for found, wanted in zip(result.get("gradients", ()), exact_gradients, strict=False):
-        relative = ((found.double() - wanted).norm() / wanted.norm()).item()
-        assert relative <= (1e-5 if dtype_name == "fp32" else 2e-2), relative
-    return error
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_linear_logp(timed, case):
+    timed(case)
 
 
-@pytest.mark.parametrize("who", PROVIDERS)
-@pytest.mark.parametrize("dtype_name", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward(benchmark, shape, dtype_name, who):
-    hidden, weight, target, *_ = problem(shape, dtype_name)
-    function = PROVIDERS[who]
-    with torch.no_grad():
-        logp = function(hidden, weight, target)
-        error = check({"problem": problem(shape, dtype_name), "logp": logp}, dtype_name)
-        benchmark.group = f"linear_logp forward N, D, V = {shape} {dtype_name}"
-        benchmark.pedantic(function, (hidden, weight, target), rounds=3, warmup_rounds=1)
-    record(benchmark, shape, dtype_name, 2, error)
-
-
-@pytest.mark.parametrize("who", PROVIDERS)
-@pytest.mark.parametrize("dtype_name", DTYPES)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_forward_backward(benchmark, shape, dtype_name, who):
-    hidden, weight, target, cotangent, *_ = problem(shape, dtype_name)
-    leaves = [x.clone().requires_grad_() for x in (hidden, weight)]
-    function = PROVIDERS[who]
-
-    def run():
-        logp = function(*leaves, target)
-        return logp, torch.autograd.grad(logp, leaves, cotangent.to(logp.dtype))
-
-    logp, gradients = run()
-    found = {"problem": problem(shape, dtype_name), "logp": logp.detach(), "gradients": gradients}
-    error = check(found, dtype_name)
-    benchmark.group = f"linear_logp forward and backward N, D, V = {shape} {dtype_name}"
-    benchmark.pedantic(run, rounds=3, warmup_rounds=1)
-    record(benchmark, shape, dtype_name, 6, error)
-
-
-def record(benchmark, shape, dtype_name, products, error):
-    n, d, v = shape
-    benchmark.extra_info.update(shape=str(shape), dtype=dtype_name, max_error_nats=f"{error:.1e}")
-    if benchmark.stats is not None:  # None under --benchmark-disable
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info["GFLOP/s"] = round(products * n * d * v / seconds / 1e9, 1)
+@pytest.mark.large
+@pytest.mark.benchmark(timer=replay)
+@pytest.mark.parametrize("case", FOR_GOALS, ids=lambda case: case.id)
+def test_linear_logp_large(timed, case):
+    timed(case)

@@ -25,7 +25,8 @@ MEASURE = HERE / "gpu_measure.py"
 CHIEF = "peaked 0.3"  # the level nearest to published entropies of rollouts
 SECONDS = 0.8  # of timed rounds an item
 STOPPED = 17  # the exit status of a process whose device is lost
-PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "nvidia-cutlass-dsl", "transformers", "tokenizers")
+PEERS = ("trl", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "nvidia-cutlass-dsl")
+PACKAGES = (*PEERS, "transformers", "tokenizers")
 
 
 class Entry(NamedTuple):
@@ -51,7 +52,7 @@ def entries(shape: str, inputs: str, forward: str = "", both: str = "") -> list[
 ONES = "ours; TRL; cut-cross-entropy; Liger scaled cross-entropy; torch linear_cross_entropy"
 ALL = (
     "ours; ours, exact; TRL; full logits; Liger cross-entropy; Liger scaled cross-entropy; cut-cross-entropy; "
-    "Liger scaled cross-entropy, fallback; torch linear_cross_entropy; torch linear_cross_entropy, chunked"
+    "QuACK; verl; Liger scaled cross-entropy, fallback; torch linear_cross_entropy; torch linear_cross_entropy, chunked"
 )
 KTO = (
     "ours, linear_step_kto; ours, linear_step_kto after the reference's linear_logp; ours, linear_step_kto_exact; "
@@ -91,8 +92,12 @@ def plan(shapes: list[str]) -> list[Entry]:
             both="ours, linear_logp_kl; ours, linear_step_kto; ours, linear_step_kto_exact",
         ),
         *(head(shape) for shape in ("llama3", "gemma2", "0.5b", "v131072")),
-        entries("trl", "flat", both="full logits, torch.compile"),
-        entries("lm", "text", forward="bare 2NDV; ours", both="bare 6NDV; " + ALL),
+        entries(
+            "trl",
+            "flat",
+            both="full logits, torch.compile; chunked logits, torch.compile; cut-cross-entropy, torch.compile",
+        ),
+        entries("lm", "real", forward="bare 2NDV; ours", both="bare 6NDV; " + ALL),
         entries("tiny", "flat", **products),
         entries("tiny", "flat", forward=ONES, both=ALL + "; " + KTO),
         entries("tiny", "peaked 0.6", forward="ours; ours, linear_logp_kl", both="bare 6NDV; ours; ours, exact; TRL"),
@@ -187,7 +192,7 @@ def machine(device: str, known_commit: str | None) -> dict:
         if device == "cuda"
         else None,
         "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "triton", *PEERS)},
+        **{name: version(name) for name in ("torch", "triton", *PACKAGES)},
         "commit": known_commit or found,
         "kernels_sha256": digest[:16],
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

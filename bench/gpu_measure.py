@@ -17,42 +17,21 @@ import head_inputs
 import peers  # noqa: F401  registers them
 import providers
 import step_kto_inputs
-import stepkto_kernels as sk
 import torch
+from providers import TOLERANCE, gradient_bytes, one_line, records
 from stepkto_kernels import backends
+from stopwatch import Stopwatch
 
 LIMITS = {False: 60.0, True: 120.0}  # seconds an item may take, by whether torch.compile is in it
 LM_LIMIT = 300.0
 LM_SECONDS = 150.0  # what training takes, with its text, before there is anything to time
-# relative, or nats: (of values, of gradients). bf16 logits cost peers several hundredths of a nat, and gradients summed
-# in bf16 several per cent; beyond this something else is wrong. Ours never round logits.
-TOLERANCE = {"ours": (5e-3, 0.02), "peers": (0.5, 0.12)}
 
 
-class Clock:
-    """Milliseconds of a call, again and again, the cache flushed before each."""
-
-    def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
-        size = max(2**28, 4 * torch.cuda.get_device_properties(device).L2_cache_size) if self.cuda else 2**20
-        self.flush = torch.empty(size, dtype=torch.uint8, device=device)
+class Clock(Stopwatch):
+    """Milliseconds of one call, again and again."""
 
     def rounds(self, call: Callable, count: int) -> list[float]:
-        if not self.cuda:
-            found = []
-            for _ in range(count):
-                before = time.perf_counter()
-                call()
-                found.append((time.perf_counter() - before) * 1e3)
-            return found
-        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
-        for start, stop in events:
-            self.flush.zero_()
-            start.record()
-            call()
-            stop.record()
-        torch.cuda.synchronize()
-        return [start.elapsed_time(stop) for start, stop in events]
+        return [seconds * 1e3 for seconds in self.interleaved([call], [count])[0]]
 
     def time(self, call: Callable, seconds: float) -> dict:
         estimate = statistics.median(self.rounds(call, 2)) / 1e3
@@ -62,31 +41,10 @@ class Clock:
         return {"median_ms": median, "q1_ms": q1, "q3_ms": q3, "iqr_ms": q3 - q1, "rounds": count}
 
 
-def peak(call: Callable, device: torch.device) -> float | None:
+def peak(call: Callable, clock: Stopwatch) -> float | None:
     """MiB at the highest point of a call beyond what was there before, the gradients it returns not counted."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    found = call()
-    torch.cuda.synchronize()
-    gradients = sum(g.numel() * g.element_size() for g in (found.dhidden, found.dweight) if g is not None)
-    return (torch.cuda.max_memory_allocated() - before - gradients) / 2**20
-
-
-def records(call: Callable) -> dict:
-    """What `stepkto_kernels.watch` tells of the backward of one call."""
-    watch = getattr(sk, "watch", None)
-    if watch is None:
-        return {}
-    with watch() as calls:
-        call()
-    if not calls:
-        return {}
-    last = calls[-1]
-    numbers = ((name, getattr(last, name, None)) for name in ("rho", "rho_blocks", "dropped_max", "dropped_mean"))
-    return {name: float(n) for name, n in numbers if n is not None} | {"path": str(getattr(last, "path", ""))}
+    extra, _, found = clock.peak(call)
+    return None if extra is None else (extra - gradient_bytes(found)) / 2**20
 
 
 def chosen_backend(op: str, device: torch.device) -> str:
@@ -128,7 +86,7 @@ def measure(entry: gpu.Entry, make: head_inputs.Maker, objective: Callable, cloc
             facts |= records(call)
         if hasattr(x, "shape"):
             del found
-            facts["peak_mib"] = peak(call, x.device)
+            facts["peak_mib"] = peak(call, clock)
             if facts["peak_mib"] is not None:
                 logits = x.shape.n * x.shape.v / 2**20
                 facts |= {
@@ -143,10 +101,6 @@ def measure(entry: gpu.Entry, make: head_inputs.Maker, objective: Callable, cloc
         moved = facts["bytes"] if provider.name != "large copy" else 2 * step_kto_inputs.large_copy(x.device)
         facts["bytes"], facts["gb_per_s"] = moved, moved / seconds / 1e9
     return facts | {"status": "ok"}
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
 
 
 def attempt(entry: gpu.Entry, *others) -> dict:
@@ -176,7 +130,7 @@ def main() -> int:
     device = torch.device(device_name)
     results = gpu.Results(Path(path))
     done = {gpu.key_of(item) for item in results.data["items"]}
-    make, clock = head_inputs.Maker(device), Clock(device)
+    make, clock = head_inputs.Maker(device, "" if device.type == "cuda" else "tiny"), Clock(device)
     tokens: list[step_kto_inputs.Tokens] = []
 
     def objective() -> step_kto_inputs.Tokens:

@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import gpu
-import gpu_measure
 import gpu_tune_measure
 import head_inputs
+import providers
 import torch
 from gpu_tune_candidates import FILE, KERNELS, candidates, compile_only
 from stepkto_kernels import triton_backend
@@ -49,7 +49,7 @@ class Ahead:
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in processes:
             process.terminate()
-        first = f", the first: {type(failed[0]).__name__}: {gpu_measure.one_line(failed[0])}" if failed else ""
+        first = f", the first: {type(failed[0]).__name__}: {providers.one_line(failed[0])}" if failed else ""
         return f"{len(done) - len(failed)} candidates compiled ahead, {len(late)} too late, {len(failed)} failed{first}"
 
 
@@ -88,7 +88,7 @@ class Sweep:
             try:
                 torch.cuda.synchronize()
             except Exception as error:  # such an error stays with the process
-                print(f"the device is lost: {gpu_measure.one_line(error)}", flush=True)
+                print(f"the device is lost: {providers.one_line(error)}", flush=True)
                 os._exit(gpu.STOPPED)
 
     def plan(self, names: list[str]) -> list[tuple[str, tuple[int, ...], bool, str]]:
@@ -116,7 +116,7 @@ class Sweep:
                     else:
                         found[name] = gpu_tune_measure.workspaces(problem, self.clock)
                 except Exception as error:
-                    found[f"{name} failed"] = f"{type(error).__name__}: {gpu_measure.one_line(error)}"
+                    found[f"{name} failed"] = f"{type(error).__name__}: {providers.one_line(error)}"
                     print(inputs, name, found[f"{name} failed"], flush=True)
             self.results.save()
         return operations | found.get("operations", {})

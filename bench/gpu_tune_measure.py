@@ -181,7 +181,7 @@ def attempt(name: str, values: tuple[int, ...], problem: Problem, clock: Clock, 
                 return facts | {"status": "wrong", "reason": reason}
             times = rounds(call, clock, [spy], lambda *_: sum(spy.each()))
     except Exception as error:  # whatever a candidate does, the next one runs
-        return facts | {"status": "failed", "reason": f"{type(error).__name__}: {gpu_measure.one_line(error)}"}
+        return facts | {"status": "failed", "reason": f"{type(error).__name__}: {providers.one_line(error)}"}
     resources = {field: getattr(spy.compiled, field, None) for field in ("n_regs", "n_spills")}
     q1, median, q3 = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
     return facts | resources | {"status": "ok", "ms": median, "q1_ms": q1, "q3_ms": q3, "rounds": len(times)}
@@ -239,9 +239,9 @@ def workspaces(problem: Problem, clock: Clock) -> list[dict]:
             with replaced(triton_backward, WORKSPACE_BYTES=2**power):
                 times = rounds(problem.backward, clock, [], lambda start, end, host: (clock.between(start, end), host))
                 call = lambda: providers.Found(None, *problem.backward())  # noqa: E731
-                mib = gpu_measure.peak(call, problem.x.device)
+                mib = gpu_measure.peak(call, gpu_measure.Clock(problem.x.device))
             device, host = (statistics.median(column) for column in zip(*times, strict=True))
             found.append({"bytes": f"2^{power}", "ms": device, "host_ms": host, "peak_mib": mib})
         except Exception as error:
-            found.append({"bytes": f"2^{power}", "reason": f"{type(error).__name__}: {gpu_measure.one_line(error)}"})
+            found.append({"bytes": f"2^{power}", "reason": f"{type(error).__name__}: {providers.one_line(error)}"})
     return found

@@ -253,10 +253,11 @@ def flat_inputs(shape: Shape, device: torch.device) -> Inputs:
 
 
 class Maker:
-    """Inputs by name ("flat", "peaked 0.6", "scattered 1.0"): the last ones asked for are kept, no others."""
+    """Inputs by name ("flat", "peaked 0.6", "scattered 1.0", "real", "real 0.6"): the last ones asked for are kept, no
+    others. Real ones bring a shape of their own, by `size` (language_model.SIZES), of which only the dtype counts."""
 
-    def __init__(self, device: torch.device):
-        self.device = device
+    def __init__(self, device: torch.device, size: str = ""):
+        self.device, self.size = device, size
         self.inputs: Inputs | None = None
         self.asked: tuple[Shape, str] | None = None
         self.family: tuple[tuple, Peaked] | None = None
@@ -273,7 +274,7 @@ class Maker:
             else:
                 from language_model import real_inputs
 
-                self.inputs = real_inputs(self.device, tiny=self.device.type == "cpu")
+                self.inputs = real_inputs(self.device, shape.dtype, float(level) if level else None, self.size)
             return self.inputs
         if self.family is None or self.family[0] != (shape, kind):
             self.family = None

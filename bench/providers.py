@@ -1,12 +1,11 @@
-"""What is timed on a GPU, ours and the bare products here and the peers in peers.py, with one signature.
-
-bench_native.py times the peers and the functions of ours on a CPU, with the options that it needs there.
+"""Who is timed: ours and the bare products here, the peers in peers.py, all with one signature.
 
 `start(inputs, gradients)` returns a call without arguments, and that returns Found(value, dhidden, dweight), the last
 two None where no gradients were asked for. `kind` says what the value is and how the gradients came about:
 
     logp    (N,) log-probabilities; gradients of sum_n inputs.slope_n * logp_n
     kl      logp, and the exact KL beside it; gradients of logp as above
+    entropy     logp, and the entropy beside it; gradients of logp as above
     mean    a scalar, -mean(logp), and its gradients: for peers that are at their best that way
     kto, kto with reference, kto exact      the objective's loss and its gradients
     none    a product: nothing to check
@@ -25,6 +24,14 @@ from torch import Tensor
 BETA = 0.02  # small, so that bf16's rounding of 512 summed log-probabilities moves the slopes by a few per cent only
 
 
+# relative, or nats: (of values, of gradients). bf16 logits cost peers several hundredths of a nat, and gradients summed
+# in bf16 several per cent; beyond this something else is wrong. Ours never round logits.
+TOLERANCE = {"ours": (5e-3, 0.02), "peers": (0.5, 0.12)}
+
+
+SLOPED = ("logp", "kl", "entropy")  # kinds whose gradients are those of sum_n slope_n * logp_n
+
+
 class Found(NamedTuple):
     value: Any = None
     dhidden: Tensor | None = None
@@ -36,7 +43,7 @@ class Provider(NamedTuple):
     start: Callable[[Any, bool], Callable[[], Found]]
     kind: str = "logp"
     op: str = ""  # ours: whose backend is recorded; peers have none
-    compiles: bool = False  # with torch.compile: it may take minutes to start
+    compiles: bool = False  # or tunes itself, at its first call: it may take minutes to start
 
 
 class UnsupportedError(Exception):
@@ -62,7 +69,7 @@ def differentiated(function: Callable, kind: str, x: Inputs, gradients: bool) ->
     def both() -> Found:
         value = function(*leaves)
         first = value[0] if isinstance(value, tuple) else value
-        slope = x.slope.to(first.dtype) if kind in ("logp", "kl") else None
+        slope = x.slope.to(first.dtype) if kind in SLOPED else None
         gradients = torch.autograd.grad(first, leaves, slope)
         value = tuple(v.detach() for v in value) if isinstance(value, tuple) else value.detach()
         return Found(value, *gradients)
@@ -118,18 +125,20 @@ def linear_logp_exact(x):
     return linear_logp(x, filter_eps=0)
 
 
-def logp_kl(x: Inputs, ref_weight: Tensor | None) -> Callable:
+def logp_kl(x: Inputs, ref_weight: Tensor | None, **options) -> Callable:
+    options |= {"softcap": x.shape.softcap}
+
     def function(h, w):
         head = w.detach() if ref_weight is None else ref_weight
-        out = sk.linear_logp_kl(h, w, x.ref_hidden, head, x.target, softcap=x.shape.softcap)
+        out = sk.linear_logp_kl(h, w, x.ref_hidden, head, x.target, **options)
         return out.logp, out.kl
 
     return function
 
 
 @provider("ours, linear_logp_kl", kind="kl", op="linear_logp_kl")
-def linear_logp_kl(x):
-    return logp_kl(x, x.weight.clone())
+def linear_logp_kl(x, **options):
+    return logp_kl(x, x.weight.clone(), **options)
 
 
 @provider("ours, linear_logp_kl with one head", kind="kl", op="linear_logp_kl")
@@ -163,24 +172,20 @@ def linear_step_kto_with_reference(x, **options):
 
 
 @provider("ours, linear_step_kto_exact", kind="kto exact", op="linear_logp_kl")
-def linear_step_kto_exact(x):
-    def function(h, w):
-        return sk.linear_step_kto_exact(
-            h, w, x.ref_hidden, x.weight, x.target, **x.batch, beta=BETA, softcap=x.shape.softcap
-        ).loss
-
-    return function
+def linear_step_kto_exact(x, **options):
+    options |= {"beta": BETA, "softcap": x.shape.softcap}
+    return lambda h, w: sk.linear_step_kto_exact(h, w, x.ref_hidden, x.weight, x.target, **x.batch, **options).loss
 
 
 def errors(x: Inputs, provider: Provider, found: Found) -> tuple[float, float | None]:
     """Of the value (nats for log-probabilities, else relative) and, relative, of the gradients."""
     kind, value = provider.kind, found.value
     slope = x.slope
-    if kind in ("logp", "kl"):
-        logp = value[0] if kind == "kl" else value
+    if kind in SLOPED:
+        logp = value if kind == "logp" else value[0]
         deviations = [logp.double() - x.truth.logp]
-        if kind == "kl":
-            deviations.append(value[1].double() - x.kl)
+        if kind != "logp":
+            deviations.append(value[1].double() - (x.kl if kind == "kl" else x.truth.entropy))
         error = torch.stack(deviations).abs().max().item()
     else:
         if kind == "mean":
@@ -198,3 +203,26 @@ def errors(x: Inputs, provider: Provider, found: Found) -> tuple[float, float | 
     if found.dhidden is None or found.dweight is None:
         return error, None
     return error, x.gradient_error(slope, found.dhidden, found.dweight)
+
+
+def gradient_bytes(found: Found) -> int:
+    """What the caller asked for, and so is nobody's overhead."""
+    return sum(g.nbytes for g in (found.dhidden, found.dweight) if g is not None)
+
+
+def records(call: Callable) -> dict:
+    """What `stepkto_kernels.watch` tells of the backward of one call."""
+    watch = getattr(sk, "watch", None)
+    if watch is None:
+        return {}
+    with watch() as calls:
+        call()
+    if not calls:
+        return {}
+    last = calls[-1]
+    numbers = ((name, getattr(last, name, None)) for name in ("rho", "rho_blocks", "dropped_max", "dropped_mean"))
+    return {name: float(n) for name, n in numbers if n is not None} | {"path": str(getattr(last, "path", ""))}
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
