@@ -2,16 +2,15 @@
 
 import pytest
 from bench_linear_logp import MIDDLE, PEAKED, QUICK
-from measure import DTYPES, Case
+from measure import Case
 from registry import OPS
 from replay import replay
 
 CASES = [
     *(Case("kl", "linear_logp_kl", QUICK, PEAKED, True, name) for name in OPS["linear_logp_kl"].providers),
     *(
-        Case("kl", op, MIDDLE._replace(dtype=dtype), PEAKED, True, name)
+        Case("kl", op, MIDDLE, PEAKED, True, name)
         for op in ("linear_logp_kl", "linear_step_kto_exact")
-        for dtype in DTYPES.values()
         for name in OPS[op].providers
     ),
 ]

@@ -143,7 +143,7 @@ def main() -> int:
         if entry.key in done:
             continue
         left = float(deadline) - time.time()
-        untrained = entry.shape == "lm" and not (make.asked and make.asked[0].name == "lm")
+        untrained = entry.shape == "lm" and not any(shape.name == "lm" for shape, _ in make.known)
         if left < 0 or (clock.cuda and untrained and left < LM_SECONDS):
             break
         if fatal := gpu.gave_up(results.data, entry):

@@ -253,31 +253,33 @@ def flat_inputs(shape: Shape, device: torch.device) -> Inputs:
 
 
 class Maker:
-    """Inputs by name ("flat", "peaked 0.6", "scattered 1.0", "real", "real 0.6"): the last ones asked for are kept, no
-    others. Real ones bring a shape of their own, by `size` (language_model.SIZES), of which only the dtype counts."""
+    """Inputs by name ("flat", "peaked 0.6", "scattered 1.0", "real", "real 0.6"), of which the last `keep` are kept.
+    Real ones bring a shape of their own, by `size` (language_model.SIZES): of the one asked for the dtype counts."""
 
-    def __init__(self, device: torch.device, size: str = ""):
-        self.device, self.size = device, size
-        self.inputs: Inputs | None = None
-        self.asked: tuple[Shape, str] | None = None
+    def __init__(self, device: torch.device, size: str = "", keep: int = 1):
+        self.device, self.size, self.keep = device, size, keep
+        self.known: dict[tuple[Shape, str], Inputs] = {}  # the last one asked for stands last
         self.family: tuple[tuple, Peaked] | None = None
 
     def __call__(self, shape: Shape, name: str) -> Inputs:
-        if self.inputs is not None and self.asked == (shape, name):
-            return self.inputs
-        self.inputs, self.asked = None, (shape, name)
-        kind, _, level = name.partition(" ")
+        key = shape, name
+        found = self.known.pop(key, None)
+        if found is None:
+            for oldest in list(self.known)[: len(self.known) + 1 - self.keep]:
+                del self.known[oldest]
+            found = self.made(shape, *name.split())
+        self.known[key] = found
+        return found
+
+    def made(self, shape: Shape, kind: str, level: str = "") -> Inputs:
         if kind not in ("peaked", "scattered"):
             self.family = None
             if kind == "flat":
-                self.inputs = flat_inputs(shape, self.device)
-            else:
-                from language_model import real_inputs
+                return flat_inputs(shape, self.device)
+            from language_model import real_inputs
 
-                self.inputs = real_inputs(self.device, shape.dtype, float(level) if level else None, self.size)
-            return self.inputs
+            return real_inputs(self.device, shape.dtype, float(level) if level else None, self.size)
         if self.family is None or self.family[0] != (shape, kind):
             self.family = None
             self.family = (shape, kind), Peaked(shape, self.device, scattered=kind == "scattered")
-        self.inputs = self.family[1].at(name, float(level))
-        return self.inputs
+        return self.family[1].at(f"{kind} {level}", float(level))

@@ -17,7 +17,8 @@ from registry import BARE, COPY, OPS, Op, UnsupportedError
 
 DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 SLOW = 3.0  # seconds: beyond, the first call is the one whose memory counts
-ROUNDS = ((0.05, 15), (1.0, 5), (5.0, 3), (12.0, 2))  # as many where a call takes less seconds than that, else one
+ROUNDS = ((0.05, 15), (1.0, 5), (3.0, 3), (12.0, 2))  # as many where a call takes less seconds than that, else one
+FEWER = ("entropy", "scaling")  # suites of many points: three rounds are enough for a curve
 
 
 class Case(NamedTuple):
@@ -120,7 +121,8 @@ def measure(cases: list[Case], device: torch.device, say: Callable[[str], None])
         except Exception as error:  # whatever a provider does, the others are timed
             found[each.provider] = Measured([], base, failed=f"{type(error).__name__}: {one_line(error)}")
         else:
-            calls[each.provider] = call, rounds(seconds), base | facts
+            count = min(rounds(seconds), 3) if case.suite in FEWER else rounds(seconds)
+            calls[each.provider] = call, count, base | facts
             say(f"    {each.provider}: checked, {seconds:.3g} s")
             continue
         say(f"    {each.provider}: {found[each.provider].skipped or found[each.provider].failed}")

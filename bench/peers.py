@@ -123,6 +123,7 @@ def liger_scaled_fallback(x):
     from liger_kernel.ops import fused_linear_scaled_cross_entropy as module
 
     require(x.shape.softcap is None, "it has no softcap")
+    require(x.device.type == "cuda", "off Hopper it is what Liger scaled cross-entropy runs by itself")
     function = module._FusedLinearPPOFallbackFunction  # what Liger runs off Hopper: plain torch in chunks
     return lambda h, w: -function.apply(h, w, x.target, 1.0, -100, False)
 

@@ -130,7 +130,7 @@ def stopwatch(device: torch.device) -> Stopwatch:
 
 @functools.cache
 def maker(device: torch.device) -> Maker:
-    return Maker(device)
+    return Maker(device, keep=1 if device.type == "cuda" else 4)  # the fp64 truth is slow to come by on a CPU
 
 
 def peers_of(*kinds: str) -> dict[str, Provider]:
