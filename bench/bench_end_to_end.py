@@ -40,6 +40,7 @@ TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (3e-2, 1e-1)}
 SLOW = 6.0  # seconds: beyond, no turns and no step for memory alone
 ROUNDS = ((1.0, 5), (5.0, 3))  # as many where a step takes less seconds than that, else two
 QUICK = (STEP_KTO, "ours, outcome only", "TRL KTOTrainer")
+SELDOM = ("ours, Step-KTO, exact", "TRL KTOTrainer, precomputed reference")  # nobody's best: with --large alone
 FP32 = (STEP_KTO, "ours, reference backend", "TRL KTOTrainer")
 NO_ROLLOUTS = "TRL's KTOTrainer trains on the completions of its dataset: it samples none"
 NOTES = {
@@ -193,7 +194,11 @@ def report(benchmark, measured: Measured, suite: str, provider: str, role: str, 
 
 
 def cases(names: Iterable[str], shape: str, dtype: str) -> list:
-    return [pytest.param(name, shape, dtype, id=f"{shape}-{dtype}-{name}") for name in names]
+    found = []
+    for name in names:
+        marks = [pytest.mark.large] if dtype == "fp32" or name in SELDOM else []
+        found.append(pytest.param(name, shape, dtype, id=f"{shape}-{dtype}-{name}", marks=marks))
+    return found
 
 
 def role(name: str) -> str:

@@ -3,7 +3,7 @@
 import pytest
 from bench_linear_logp import CHIEF, LARGE, PEAKED, QUICK
 from head_inputs import Shape
-from measure import DTYPES, Case
+from measure import DTYPES, Case, large
 from registry import OPS
 from replay import replay
 
@@ -23,19 +23,13 @@ EXACT = "linear_step_kto_exact"
 CASES = [
     *(case for op in NAMES for case in objective(QUICK, "bf16", op, compiled=False)),
     *objective(QUICK, "bf16", EXACT),
-    *(case for dtype in DTYPES for op in NAMES for case in objective(CHIEF, dtype, op)),
+    *(case for op in NAMES for case in objective(CHIEF, "bf16", op)),
 ]
-FOR_GOALS = [case for dtype in DTYPES for op in NAMES for case in objective(LARGE, dtype, op)]
+LARGER = [(CHIEF, "fp32"), *((LARGE, dtype) for dtype in DTYPES)]
+FOR_GOALS = [case for shape, dtype in LARGER for op in NAMES for case in objective(shape, dtype, op)]
 
 
 @pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", [*CASES, *large(FOR_GOALS)], ids=lambda case: case.id)
 def test_linear_step_kto(timed, case):
-    timed(case)
-
-
-@pytest.mark.large
-@pytest.mark.benchmark(timer=replay)
-@pytest.mark.parametrize("case", FOR_GOALS, ids=lambda case: case.id)
-def test_linear_step_kto_large(timed, case):
     timed(case)

@@ -19,7 +19,9 @@ PACKAGES = (*PEERS, "transformers", "accelerate", "nvidia-cutlass-dsl", "triton"
 
 
 def pytest_addoption(parser):
-    parser.addoption("--large", action="store_true", help="also (4096, 896, 151936): 10 minutes and 20 GiB more")
+    parser.addoption(
+        "--large", action="store_true", help="also (4096, 896, 151936) and more of fp32: half an hour and 16 GiB"
+    )
 
 
 def pytest_configure(config):

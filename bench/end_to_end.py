@@ -76,7 +76,7 @@ SPREAD = 0.5  # standard deviation of a completion's log length
 BETA = 0.1
 LEARNING_RATE = 1e-7  # every step then does the same work: a policy that moves on leaves tokens without a coefficient
 SPARSE = 2.0**-9  # the filter_eps of fp32, whose "auto" leaves out nothing
-GENERATIONS = 8  # sampled completions of each prompt
+GENERATIONS = 4  # sampled completions of each prompt
 
 
 @cache

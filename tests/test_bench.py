@@ -104,18 +104,20 @@ def test_what_is_wrong_is_not_timed_and_what_is_missing_says_why(monkeypatch):
     def raises(x, gradients):
         raise KeyError("no such thing")
 
-    changed = {"TRL": off, "QuACK": broken, "verl": raises}
+    changed = {"TRL": off, "QuACK": broken, "verl": raises, "ours, reference, exact": off}
     for name, start in changed.items():
         monkeypatch.setitem(op.providers, name, good._replace(name=name, start=start))
     names = ("full logits", "ours, reference", "ours, triton", *changed)
     said = []
     found = measure.measure([logp_case(name) for name in names], CPU, said.append)
-    assert found["TRL"].failed.startswith("AssertionError: value error 1")
-    assert found["QuACK"].failed == "AssertionError: gradient error nan beyond 0.12"
+    wrong = "not timed, as it is wrong here: "
+    assert found["TRL"].skipped.startswith(f"{wrong}value error 1")
+    assert found["QuACK"].skipped == f"{wrong}gradient error nan beyond 0.12"
+    assert found["ours, reference, exact"].failed.startswith(f"{wrong}value error 1")
     assert found["verl"].failed == "KeyError: 'no such thing'"
     assert "CUDA" in found["ours, triton"].skipped or "GPU" in found["ours, triton"].skipped
     assert not any(found[name].seconds for name in (*changed, "ours, triton"))
-    assert "6 providers" in said[0]
+    assert "7 providers" in said[0]
     ours, peer = found["ours, reference"], found["full logits"]
     assert ours.facts["of_best_peer"] == statistics.median(peer.seconds) / statistics.median(ours.seconds)
     assert "of_best_peer" not in peer.facts
