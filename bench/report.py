@@ -339,7 +339,7 @@ def end_to_end(rows: Rows, images: dict[str, str]) -> list[str]:
     for (shape, dtype), group in without_quick(rows.where(suite="factors").groups("shape", "dtype")).items():
         name = report_figures.slug("factors", shape, dtype)
         lines += [f"### What each feature is worth: {joined(shape, dtype)}", ""]
-        lines += ["From above, each row has one feature more switched off.", ""]
+        lines += ["From above, each row has one feature more switched off; a factor below 1 is one that it gained.", ""]
         lines += picture(name, "The factor of each feature", images)
         lines += [*table([provider(), *factor_columns(group), *STEP[1:]], group), ""]
     return ["## From end to end", "", *lines] if lines else []
