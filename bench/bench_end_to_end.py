@@ -40,7 +40,11 @@ TOLERANCE = {"fp32": (1e-3, 1e-2), "bf16": (3e-2, 1e-1)}
 SLOW = 6.0  # seconds: beyond, no turns and no step for memory alone
 ROUNDS = ((1.0, 5), (5.0, 3))  # as many where a step takes less seconds than that, else two
 QUICK = (STEP_KTO, "ours, outcome only", "TRL KTOTrainer")
-SELDOM = ("ours, Step-KTO, exact", "TRL KTOTrainer, precomputed reference")  # nobody's best: with --large alone
+SELDOM = (
+    "ours, Step-KTO, exact",
+    "TRL KTOTrainer, precomputed reference",
+    "TRL's head function",
+)  # nobody's best: with --large alone
 FP32 = (STEP_KTO, "ours, reference backend", "TRL KTOTrainer")
 NO_ROLLOUTS = "TRL's KTOTrainer trains on the completions of its dataset: it samples none"
 NOTES = {
