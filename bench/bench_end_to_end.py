@@ -14,7 +14,7 @@ The rows of `test_factors` have one feature less each, from our loop down to TRL
 import os
 import statistics
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from end_to_end import (
@@ -33,6 +33,7 @@ from end_to_end import (
     batch,
     count_tokens,
 )
+from measure import Measured
 from replay import replay
 
 # of the loss and of the gradient's norm, relative; TRL rounds its logits to bf16
@@ -59,15 +60,6 @@ NOTES = {
     "TRL's head function": "ChunkedLogProbFunction, with the entropies and mean logits that its trainer logs",
     "transformers generate": "the loop's other sampler; bf16 with weights in bf16, as vLLM has them",
 }
-
-
-class Measured(NamedTuple):
-    """The seconds of each round and what else is known; or why there is nothing."""
-
-    seconds: list[float]
-    facts: dict[str, Any]
-    skipped: str = ""
-    failed: str = ""
 
 
 def rounds(seconds: float) -> int:
@@ -185,16 +177,14 @@ def measured(request, nursery, provider: str, shape: str, dtype: str) -> Measure
     return FOUND[key][measured_as(provider)]
 
 
-def report(benchmark, measured: Measured, suite: str, provider: str, role: str, **facts: Any) -> None:
-    if measured.skipped:
-        pytest.skip(measured.skipped)
-    if measured.failed:
-        pytest.fail(measured.failed, pytrace=False)
-    known = measured.facts | {"provider": provider, "note": NOTES.get(provider, "")} | facts
-    benchmark.group = f"{suite.replace('_', ' ')} {known['shape']} {known['dtype']}"
-    replay.load(measured.seconds)
-    benchmark.pedantic(lambda: None, rounds=len(measured.seconds), iterations=1)
-    benchmark.extra_info.update(suite=suite, role=role, **known)
+def row(measured: Measured, suite: str, provider: str, role: str, **facts: Any) -> Measured:
+    """With what the report wants to know of it."""
+    known = {"suite": suite, "role": role, "provider": provider, "note": NOTES.get(provider, "")}
+    return measured._replace(facts=measured.facts | known | facts)
+
+
+def group(suite: str, shape: str, dtype: str) -> str:
+    return f"{suite.replace('_', ' ')} {shape} {dtype}"
 
 
 def cases(names: Iterable[str], shape: str, dtype: str) -> list:
@@ -216,13 +206,13 @@ SAMPLING = cases([*ROLLOUT, "TRL KTOTrainer"], "goal", "bf16")
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize(("provider", "shape", "dtype"), COMPARISON)
-def test_end_to_end(benchmark, measured, provider, shape, dtype):
-    report(benchmark, measured, "end_to_end", provider, role(provider))
+def test_end_to_end(report, measured, provider, shape, dtype):
+    report(row(measured, "end_to_end", provider, role(provider)), group("end_to_end", shape, dtype))
 
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize(("provider", "shape", "dtype"), FACTORS)
-def test_factors(benchmark, measured, provider, shape, dtype):
+def test_factors(report, measured, provider, shape, dtype):
     rows = list(TABLE)
     place = rows.index(provider)
     facts: dict[str, Any] = {"order": place}
@@ -231,12 +221,14 @@ def test_factors(benchmark, measured, provider, shape, dtype):
         if before and before.seconds:
             facts["times_slower"] = statistics.median(measured.seconds) / statistics.median(before.seconds)
     ends = {STEP_KTO: "ours", "TRL KTOTrainer": "peer"}
-    report(benchmark, measured, "factors", provider, ends.get(provider, "step of the table"), **facts)
+    found = row(measured, "factors", provider, ends.get(provider, "step of the table"), **facts)
+    report(found, group("factors", shape, dtype))
 
 
 @pytest.mark.benchmark(timer=replay)
 @pytest.mark.parametrize(("provider", "shape", "dtype"), SAMPLING)
-def test_rollout(request, benchmark, provider, shape, dtype):
+def test_rollout(request, report, provider, shape, dtype):
     if isinstance(PROVIDERS[provider], Trl):
         pytest.skip(NO_ROLLOUTS)
-    report(benchmark, request.getfixturevalue("measured"), "rollout", provider, role(provider))
+    found = row(request.getfixturevalue("measured"), "rollout", provider, role(provider))
+    report(found, group("rollout", shape, dtype))
