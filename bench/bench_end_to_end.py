@@ -45,6 +45,7 @@ SELDOM = (
     "ours, Step-KTO, exact",
     "TRL KTOTrainer, precomputed reference",
     "TRL's head function",
+    "transformers generate",
 )  # nobody's best: with --large alone
 FP32 = (STEP_KTO, "ours, reference backend", "TRL KTOTrainer")
 NO_ROLLOUTS = "TRL's KTOTrainer trains on the completions of its dataset: it samples none"
