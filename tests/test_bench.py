@@ -11,26 +11,26 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-BENCH = Path(__file__).resolve().parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
-import bench_entropy  # noqa: E402
-import bench_linear_logp  # noqa: E402
-import bench_linear_logp_kl  # noqa: E402
-import bench_linear_step_kto  # noqa: E402
-import bench_reference_points  # noqa: E402
-import bench_scaling  # noqa: E402
-import bench_step_kto  # noqa: E402
-import head_inputs  # noqa: E402
-import language_model  # noqa: E402
-import measure  # noqa: E402
-import providers  # noqa: E402
-import registry  # noqa: E402
-import tables  # noqa: E402
-from measure import Case  # noqa: E402
-from replay import Replay  # noqa: E402
-from stopwatch import CLEAR, Stopwatch  # noqa: E402
+import bench_entropy
+import bench_linear_logp
+import bench_linear_logp_kl
+import bench_linear_step_kto
+import bench_reference_points
+import bench_scaling
+import bench_step_kto
+import head_inputs
+import language_model
+import measure
+import providers
+import registry
+import tables
+from measure import Case
+from replay import Replay
+from stopwatch import CLEAR, Stopwatch
 
+BENCH = Path(bench_entropy.__file__).parent
 CPU = torch.device("cpu")
 TINY = head_inputs.SHAPES["tiny"]
 SUITES = (

@@ -15,7 +15,8 @@ from stepkto_fast.packing import pack
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 import end_to_end
-from end_to_end import END, PROVIDERS, SIZES, Child, Clock, FinishedError, Nursery, Ours, Trl
+from end_to_end import PROVIDERS, SIZES, Child, Clock, FinishedError, Nursery, Ours, Trl
+from planted import END
 
 SIZE = SIZES["quick"]
 NATIVE = backends.why_not("linear_logp", "native")
