@@ -582,8 +582,10 @@ class Child:
     def ask(self, request: str) -> dict:
         """The answer, or {"skipped": reason} or {"failed": reason}, also where the process died."""
         line = ""
+        # One that has failed before it was asked has ended, but said why first: what it said can still be read.
         with contextlib.suppress(ConnectionError):
             self.socket.sendall(f"{request}\n".encode())
+        with contextlib.suppress(ConnectionError):
             line = self.answers.readline()
         if line:
             return json.loads(line)

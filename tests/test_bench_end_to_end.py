@@ -1,6 +1,7 @@
 """bench/end_to_end.py: that every way to take a step takes the same one, and that its processes tell how they end."""
 
 import os
+import select
 import signal
 import sys
 from pathlib import Path
@@ -135,6 +136,9 @@ def test_a_process_that_dies_or_fails_is_reported_and_the_next_one_works(nursery
     os.kill(dead.pid, signal.SIGKILL)
     assert dead.ask("step")["failed"].startswith("the process ended with code -9")
     unknown = Child(nursery, "nobody", "quick", "fp32")
+    ended = select.poll()
+    ended.register(unknown.socket, 0)
+    assert ended.poll(60_000), "still there"
     assert unknown.ask("check") == {"failed": "KeyError: 'nobody'"}
     assert unknown.ask("step")["failed"].startswith("the process ended with code 1: KeyError")
     last = Child(nursery, "ours, reference backend", "quick", "fp32")
