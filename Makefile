@@ -41,7 +41,7 @@ smoke: $(STAMP)
 	$(BIN)/python -m stepkto_fast.train recipes/smoke.yaml --overwrite true
 
 # The second run is the Triton kernels' own, in Triton's interpreter: minutes for what a GPU does in seconds.
-KERNEL_TESTS := $(addprefix tests/test_,linear_logp.py routing.py linear_logp_kl.py reference_points.py step_kto.py linear_step_kto.py gpu_tune.py)
+KERNEL_TESTS := $(addprefix tests/test_,linear_logp.py linear_logp_stats.py routing.py linear_logp_kl.py reference_points.py step_kto.py linear_step_kto.py gpu_tune.py)
 test: $(STAMP)
 	$(BIN)/python -m pytest tests
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -k triton $(KERNEL_TESTS)
@@ -61,7 +61,7 @@ sanitize: $(STAMP)
 	LD_PRELOAD="$$($${CXX:-g++} -print-file-name=libasan.so) $$($${CXX:-g++} -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 PYTHONPATH="$$(echo $(SANITIZED)/lib*):." \
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "native and not lesser and not twentieth" \
-		$(addprefix tests/test_,native.py linear_logp.py linear_logp_kl.py routing.py reference_points.py step_kto.py linear_step_kto.py)
+		$(addprefix tests/test_,native.py linear_logp.py linear_logp_stats.py linear_logp_kl.py routing.py reference_points.py step_kto.py linear_step_kto.py)
 
 # Every op against every peer, and the loop against TRL's trainer: about 15 minutes on 2 cores. Report what it found
 # with `make bench-report BENCH=...`, which draws docs/benchmarks.md and the README's table from a stored result.
@@ -80,7 +80,7 @@ bench-report: $(STAMP)
 gpu:
 	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "make gpu needs a GPU that torch can see")'
 	start=$$(date +%s); \
-	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) -m pytest -q tests/test_cuda.py tests/test_routing.py tests/test_linear_logp.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py && \
+	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) -m pytest -q tests/test_cuda.py tests/test_routing.py tests/test_linear_logp.py tests/test_linear_logp_stats.py tests/test_linear_logp_kl.py tests/test_reference_points.py tests/test_step_kto.py tests/test_linear_step_kto.py tests/test_packing.py && \
 	PYTHONPATH=.:kernels/torch-ext:$$PYTHONPATH $(PYTHON) bench/gpu.py --shapes $(SHAPES) --out $(RESULTS) \
 		--budget-seconds $$((480 + start - $$(date +%s)))
 

@@ -1,4 +1,4 @@
-"""linear_logp and linear_logp_entropy: every backend of ours, plain torch and every peer beside the bare products."""
+"""linear_logp, linear_logp_entropy and linear_logp_stats: every backend of ours, plain torch and every peer beside the bare products."""
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ def head(shape: Shape, dtype: str, inputs: str, gradients: bool, names: tuple[st
     return [Case("head", "linear_logp", shape._replace(dtype=DTYPES[dtype]), inputs, gradients, name) for name in names]
 
 
-def entropies(shape: Shape) -> list[Case]:
-    op = "linear_logp_entropy"
-    return [Case("head", op, shape, PEAKED, True, name) for name in OPS[op].providers]
+def others(shape: Shape) -> list[Case]:
+    ops = "linear_logp_entropy", "linear_logp_stats"
+    return [Case("head", op, shape, PEAKED, True, name) for op in ops for name in OPS[op].providers]
 
 
 EAGER = tuple(name for name in EVERYONE if not OPS["linear_logp"].providers[name].compiles)
@@ -34,7 +34,7 @@ CASES = [
     *head(QUICK, "bf16", PEAKED, False, (BARE, *OURS, *STRONG[:2])),
     *head(QUICK, "bf16", PEAKED, True, EVERYONE),
     *head(QUICK, "fp32", PEAKED, True, EAGER),
-    *entropies(QUICK),
+    *others(QUICK),
     *head(MIDDLE, "fp32", PEAKED, True, (BARE, *OURS, *EXACT, *STRONG)),
     *head(CHIEF, "bf16", PEAKED, True, RIVALS),
     *head(CHIEF, "bf16", PEAKED, False, (BARE, *OURS, STRONG[1])),

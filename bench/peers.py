@@ -47,8 +47,8 @@ def start_compiler(x: Inputs) -> None:
     forget_other_shapes(x.shape, x.device)
 
 
-@provider("TRL")
-def trl(x):
+def trl_outputs(x: Inputs, *outputs: str) -> Callable:
+    """TRL's function: log-probabilities, and those of its other outputs that are asked for."""
     from trl.kernels import ChunkedLogProbFunction
 
     try:
@@ -60,7 +60,24 @@ def trl(x):
         vars(utils)["maybe_gather_lm_head_ctx"] = lambda *parameters: contextlib.nullcontext()
         sys.modules["trl.trainer.utils"] = utils
     chunk = getattr(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", 32768)
-    return lambda h, w: ChunkedLogProbFunction.apply(h, w, None, x.target, 1.0, chunk, x.shape.softcap, 1.0, ())[0]
+    return lambda h, w: ChunkedLogProbFunction.apply(h, w, None, x.target, 1.0, chunk, x.shape.softcap, 1.0, outputs)
+
+
+@provider("TRL")
+def trl(x):
+    function = trl_outputs(x)
+    return lambda h, w: function(h, w)[0]
+
+
+@provider("TRL with entropy", kind="entropy")
+def trl_with_entropy(x):
+    function = trl_outputs(x, "entropy")
+    return lambda h, w: function(h, w)[:2]
+
+
+@provider("TRL with all outputs", kind="stats")
+def trl_with_stats(x):
+    return trl_outputs(x, "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
 
 
 def liger_kto(x: Inputs, reference: bool, compiled: bool) -> Callable:

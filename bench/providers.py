@@ -5,7 +5,7 @@ two None where no gradients were asked for. `kind` says what the value is and ho
 
     logp    (N,) log-probabilities; gradients of sum_n inputs.slope_n * logp_n
     kl      logp, and the exact KL beside it; gradients of logp as above
-    entropy     logp, and the entropy beside it; gradients of logp as above
+    entropy, stats      logp, and the entropy and more beside it; gradients of logp as above
     mean    a scalar, -mean(logp), and its gradients: for peers that are at their best that way
     kto, kto with reference, kto exact      the objective's loss and its gradients
     none    a product: nothing to check
@@ -29,7 +29,7 @@ BETA = 0.02  # small, so that bf16's rounding of 512 summed log-probabilities mo
 TOLERANCE = {"ours": (5e-3, 0.02), "peers": (0.5, 0.12)}
 
 
-SLOPED = ("logp", "kl", "entropy")  # kinds whose gradients are those of sum_n slope_n * logp_n
+SLOPED = ("logp", "kl", "entropy", "stats")  # kinds whose gradients are those of sum_n slope_n * logp_n
 
 
 class Found(NamedTuple):

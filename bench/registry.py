@@ -6,6 +6,7 @@ what the result needs and nothing that a method adds, so that recomputing or sto
     op                      operations: forward, with backward   bytes: forward, with backward
     linear_logp             2 NDV       6 NDV                    (N + V) D      3 (N + V) D     elements, and 4 N
     linear_logp_entropy     2 NDV       6 NDV                    as above, and 8 N
+    linear_logp_stats       2 NDV       6 NDV                    as above, and 17 N
     linear_logp_kl          4 NDV       8 NDV                    2 (N + V) D    4 (N + V) D     elements, and 12 N
     linear_step_kto         2 NDV       6 NDV                    as linear_logp
       with its reference    4 NDV       8 NDV                    (2 N + V) D    (4 N + 3 V) D   elements
@@ -145,9 +146,20 @@ def entropy(x: Inputs, **options) -> Callable:
     return lambda h, w: tuple(sk.linear_logp_entropy(h, w, x.target, softcap=x.shape.softcap, **options))
 
 
+def stats(x: Inputs, **options) -> Callable:
+    return lambda h, w: tuple(sk.linear_logp_stats(h, w, x.target, softcap=x.shape.softcap, **options))
+
+
 def full_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     logp_nv = torch.log_softmax((hidden @ weight.T).float(), -1)
     return logp_nv.gather(1, target[:, None]).squeeze(1), -(logp_nv.exp() * logp_nv).sum(-1)
+
+
+def full_stats(hidden: Tensor, weight: Tensor, target: Tensor) -> tuple[Tensor, ...]:
+    z_nv = (hidden @ weight.T).float()
+    logp_nv = torch.log_softmax(z_nv, -1)
+    logp, entropy = logp_nv.gather(1, target[:, None]).squeeze(1), -(logp_nv.exp() * logp_nv).sum(-1)
+    return logp, entropy, (2 * logp_nv).logsumexp(-1), z_nv.mean(-1), z_nv.argmax(-1) == target
 
 
 def full_kl(hidden: Tensor, weight: Tensor, ref_hidden: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,10 +263,20 @@ OPS = {
         head(
             "linear_logp_entropy",
             ours("linear_logp_entropy", "entropy", entropy, filter_eps=FILTER_EPS)
-            | plain_pair("entropy", full_entropy, "target"),
+            | plain_pair("entropy", full_entropy, "target")
+            | peers_of("entropy"),
             1,
             lambda n, v, gradients: (3 if gradients else 1) * (n + v),
             8,
+        ),
+        head(
+            "linear_logp_stats",
+            ours("linear_logp_stats", "stats", stats, filter_eps=FILTER_EPS)
+            | plain_pair("stats", full_stats, "target")
+            | peers_of("stats"),
+            1,
+            lambda n, v, gradients: (3 if gradients else 1) * (n + v),
+            17,
         ),
         head(
             "linear_logp_kl",

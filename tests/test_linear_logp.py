@@ -1,6 +1,7 @@
 """linear_logp and linear_logp_entropy against the fp64 truth."""
 
 import functools
+import math
 
 import pytest
 import stepkto_kernels
@@ -277,6 +278,29 @@ def test_the_new_setting_of_fp32_products_is_understood(on_backend):
         linear_logp(hidden, weight, target)
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_target_of_another_shard_has_no_entry_here(on_backend):
+    """linear_logp_parallel's forward and backward on a rank: all entries are summed; p of the target is 0 here."""
+    hidden, weight, _, bias = inputs((9, 6, 200), torch.float32)
+    elsewhere = torch.full((9,), eager.vocab_tiles(200) * eager.VOCAB_TILE)
+    options = 0.7, 5.0, 1.3, -1, 0.0, False
+    head = {"bias": bias.double(), "logit_scale": 0.7, "softcap": 5.0, "temperature": 1.3}
+    z = truth.logits(hidden.double().requires_grad_(), weight.double(), **head)
+    logp, lse, tile_lse, probs, entropy = moved(linear_logp_entropy_forward)(hidden, weight, elsewhere, bias, *options)
+    assert (logp == -torch.inf).all()
+    torch.testing.assert_close(lse.double(), z.logsumexp(-1).detach(), rtol=1e-6, atol=1e-6)
+    exact = torch.distributions.Categorical(logits=z.detach()).entropy()
+    torch.testing.assert_close(entropy.double(), exact, rtol=1e-5, atol=1e-5)
+    # the other ranks hold as much mass again: p halves
+    everywhere, g = lse + math.log(2), torch.linspace(-1, 1, 9)
+    leaves = [x.double().requires_grad_() for x in (hidden, weight)]
+    z = truth.logits(*leaves, **head)
+    (-(z - everywhere.double()[:, None]).exp().detach() * g.double()[:, None] * z).sum().backward()
+    saved = torch.full((9,), -2.0), everywhere, tile_lse, probs
+    found = moved(linear_logp_backward)(g, hidden, weight, elsewhere, *saved, bias, *options[:-1], True, True, True, "")
+    for ours, leaf in zip(found, leaves, strict=False):
+        torch.testing.assert_close(ours.double(), leaf.grad, rtol=1e-5, atol=1e-5)
 
 
 def test_another_ignore_index(on_backend):

@@ -22,9 +22,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
     double step_undesirable_weight, double outcome_weight, double step_weight, const std::string& step_reduction,
     const std::string& after_first_error);
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp(
     const at::Tensor& hidden, const at::Tensor& weight, const at::Tensor& target, const std::optional<at::Tensor>& bias,
-    double logit_scale, std::optional<double> softcap, double temperature, int64_t ignore_index, bool with_entropy);
+    double logit_scale, std::optional<double> softcap, double temperature, int64_t ignore_index, bool with_entropy,
+    bool with_stats);
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> linear_logp_backward(
     const at::Tensor& grad_logp, const std::optional<at::Tensor>& grad_entropy, const at::Tensor& hidden,
@@ -54,7 +55,8 @@ STEPKTO_LIBRARY(STEPKTO_NAMESPACE, m) {
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(stepkto::step_kto)));
   m.def(
       "linear_logp(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, float logit_scale, float? softcap,"
-      " float temperature, int ignore_index, bool with_entropy) -> (Tensor, Tensor, Tensor, Tensor)",
+      " float temperature, int ignore_index, bool with_entropy, bool with_stats)"
+      " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
       torch::dispatch(c10::DispatchKey::CPU, TORCH_FN(stepkto::linear_logp)));
   m.def(
       "linear_logp_backward(Tensor grad_logp, Tensor? grad_entropy, Tensor hidden, Tensor weight, Tensor target,"

@@ -123,6 +123,28 @@ void log_sum_exp(const float* z, int64_t rows, int64_t columns, float* lse, floa
   }
 }
 
+void collisions(const float* z, int64_t rows, int64_t columns, const float* lse, float* sum_sq, float* largest) {
+  for (int64_t n = 0; n < columns; n += W) {
+    const Vec l = finite(load(lse + n));
+    Vec m(NO_MASS), s(0.0f);
+    for (int64_t v = 0; v < rows; ++v) {
+      const Vec x = load(z + v * columns + n), q = exp(x - l);
+      m = at::vec::maximum(m, x);
+      s = fmadd(q, q, s);
+    }
+    s.store(sum_sq + n);
+    m.store(largest + n);
+  }
+}
+
+void sums(const float* z, int64_t rows, int64_t columns, float* sum) {
+  for (int64_t n = 0; n < columns; n += W) {
+    Vec s(0.0f);
+    for (int64_t v = 0; v < rows; ++v) s = s + load(z + v * columns + n);
+    s.store(sum + n);
+  }
+}
+
 void kl(const float* z, const float* y, int64_t rows, int64_t columns, float* lse, float* ref_lse, float* out) {
   for (int64_t n = 0; n < columns; n += W) {
     const Vec m = finite(column_max(z + n, rows, columns)), ref_m = finite(column_max(y + n, rows, columns));
@@ -190,6 +212,20 @@ void mean_over_tiles(const float* tile_lse, const float* ref_tile_lse, const flo
       sum = sum + Vec::blendv(term, Vec(0.0f), P == Vec(0.0f));
     }
     sum.store(mean + n, some);
+  }
+}
+
+void collisions_over_tiles(const float* tile_lse, const float* within, int64_t T, int64_t stride, int64_t count,
+                           const float* lse, float* sum_sq) {
+  for (int64_t n = 0; n < count; n += W) {
+    const int64_t some = std::min(W, count - n);
+    const Vec l = Vec::loadu(lse + n, some);
+    Vec sum(0.0f);
+    for (int64_t t = 0; t < T; ++t) {
+      const Vec P = exp(Vec::loadu(tile_lse + t * stride + n, some) - l);
+      sum = fmadd(P * P, Vec::loadu(within + t * stride + n, some), sum);
+    }
+    sum.store(sum_sq + n, some);
   }
 }
 
@@ -289,8 +325,8 @@ void add_rows(const float* x, const int32_t* rows, int64_t first_row, int64_t co
 
 extern const TileKernels tile_kernels;
 constinit const TileKernels tile_kernels = {
-    STEPKTO_TEXT(CPU_CAPABILITY), logits,     log_sum_exp, kl,       gradients, reduce_tiles,
-    mean_over_tiles,              thresholds, visitors,    add_rows,
+    STEPKTO_TEXT(CPU_CAPABILITY), logits,          log_sum_exp,           collisions, sums,     kl,       gradients,
+    reduce_tiles,                 mean_over_tiles, collisions_over_tiles, thresholds, visitors, add_rows,
 };
 
 }  // namespace CPU_CAPABILITY

@@ -31,6 +31,9 @@ struct TileKernels {
   void (*logits)(float* z, int64_t rows, int64_t columns, const float* bias, Head head);
   // lse (columns,); entropy (columns,) of the softmax within the block, or null
   void (*log_sum_exp)(const float* z, int64_t rows, int64_t columns, float* lse, float* entropy);
+  // with the softmax q within the block: sum of q^2 (0 of no mass), and the largest logit; sums of a block's columns
+  void (*collisions)(const float* z, int64_t rows, int64_t columns, const float* lse, float* sum_sq, float* largest);
+  void (*sums)(const float* z, int64_t rows, int64_t columns, float* sum);
   // both log-sum-exps, and the KL between the two softmaxes within the block
   void (*kl)(const float* z, const float* y, int64_t rows, int64_t columns, float* lse, float* ref_lse, float* kl);
   // logits to slope * dL/dlogit (of the non-targets), in place: -g p - g_H p (log p + H); g_H and H may be null
@@ -41,6 +44,9 @@ struct TileKernels {
   // sum over tiles of P * (within - log P), respectively P * (within + log P - log Q) with ref_tile_lse
   void (*mean_over_tiles)(const float* tile_lse, const float* ref_tile_lse, const float* within, int64_t T,
                           int64_t stride, int64_t count, const float* lse, const float* ref_lse, float* mean);
+  // sum over tiles of P^2 * within
+  void (*collisions_over_tiles)(const float* tile_lse, const float* within, int64_t T, int64_t stride, int64_t count,
+                                const float* lse, float* sum_sq);
   // for `count` <= LANES tokens: the tiles that can be left out; scratch holds 2 * T * LANES numbers
   void (*thresholds)(const float* tile_lse, int64_t T, int64_t stride, int64_t count, const float* lse,
                      const float* entropy, const float* logp, const int32_t* home, float filter_eps, float* scratch,

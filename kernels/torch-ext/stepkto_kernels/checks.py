@@ -30,6 +30,20 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tu
         raise TypeError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}; {expected()}")
 
 
+def whole(name: str, value: object) -> None:
+    """Neither sharded nor an empty stand-in for what is."""
+    if hasattr(value, "device_mesh"):
+        raise ValueError(
+            f"{name} is a DTensor of shape {tuple(value.shape)} with placements {tuple(value.placements)}; expected a "  # type: ignore[attr-defined]
+            "plain tensor: pass its .full_tensor(), or use linear_logp_parallel for a head sharded by vocabulary"
+        )
+    if hasattr(value, "ds_id") and value.numel() == 0:  # type: ignore[attr-defined]
+        raise ValueError(
+            f"{name} is empty, since DeepSpeed ZeRO-3 holds its shards; call this, and its backward, within "
+            "deepspeed.zero.GatheredParameters"
+        )
+
+
 def same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(

@@ -4,7 +4,7 @@ Rows that are ignored, and in the backward rows whose coefficients are 0, are ta
 nothing, and whatever their hidden states hold (NaN included) reaches no sum.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -106,7 +106,7 @@ def tile_logsumexp(z_nv: Tensor) -> Tensor:
 
 
 def finite(lse_n: Tensor) -> Tensor:
-    """Log-sum-exps that can be subtracted: that of a tile which holds nothing but the target is -inf."""
+    """Logarithms that can be subtracted: that of a tile which holds nothing but the target is -inf."""
     return torch.where(lse_n == -torch.inf, 0, lse_n)
 
 
@@ -123,7 +123,7 @@ def linear_logp_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, tile_lse, tile_probs): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
-    return _forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=False)[:4]
+    return forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=False)[:4]
 
 
 def linear_logp_entropy_forward(
@@ -139,13 +139,23 @@ def linear_logp_entropy_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(logp, lse, tile_lse, tile_probs, entropy): see the op."""
     head = Head(weight_VD, bias_V, logit_scale, softcap, temperature)
-    return _forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=True)
+    return forward(hidden_ND, head, target_N, ignore_index, store_probs, with_entropy=True)
 
 
-def _forward(
-    hidden_ND: Tensor, head: Head, target_N: Tensor, ignore_index: int, store_probs: bool, with_entropy: bool
+def forward(
+    hidden_ND: Tensor,
+    head: Head,
+    target_N: Tensor,
+    ignore_index: int,
+    store_probs: bool,
+    with_entropy: bool,
+    observe: Callable[[slice | Tensor, slice, Tensor], None] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The target's own entry is kept apart from all sums, so that 1 - p of a confident token keeps its digits."""
+    """The target's own entry is kept apart from all sums, so that 1 - p of a confident token keeps its digits.
+
+    A target that is no entry of this head (of a shard, then) has probability 0 here. `observe(rows, tile, z_nv)` is
+    shown all logits on their way.
+    """
     dtype = compute_dtype(hidden_ND)
     logp_N = hidden_ND.new_zeros(len(target_N), dtype=dtype)
     lse_N, entropy_N = torch.zeros_like(logp_N), torch.zeros_like(logp_N)
@@ -153,10 +163,12 @@ def _forward(
     tile_probs_NV = hidden_ND.new_zeros(probs_shape(store_probs, len(target_N), len(head.weight)))
     for rows in row_blocks(target_N != ignore_index, len(head.weight)):
         h_nD, target_n = hidden_ND[rows].to(dtype), target_N[rows]
-        z_target_n = logp_N.new_zeros(len(target_n))
+        z_target_n = logp_N.new_full((len(target_n),), -torch.inf)
         lse_tiles, entropy_tiles = [], []
         for tile in head.tiles():
             z_nv = head.logits(h_nD, head.weight_tile(tile, dtype), tile)
+            if observe is not None:
+                observe(rows, tile, z_nv)
             row, column = place_target(target_n, tile)
             z_target_n[row] = z_nv[row, column]
             z_nv[row, column] = -torch.inf
@@ -180,9 +192,8 @@ def _forward(
             # chain rule of entropy over the target and the tiles, each term >= 0: H = sum_t P_t * (H_t - log P_t)
             logp_nt = lse_nt - lse_n[:, None]
             p_nt = logp_nt.exp()
-            entropy_N[rows] = (p_nt * torch.stack(entropy_tiles, -1) + torch.special.entr(p_nt)).sum(
-                -1
-            ) - logp_n.exp() * logp_n
+            of_tiles_n = (p_nt * torch.stack(entropy_tiles, -1) + torch.special.entr(p_nt)).sum(-1)
+            entropy_N[rows] = of_tiles_n - logp_n.exp() * finite(logp_n)
     return logp_N, lse_N, tile_lse_TN, tile_probs_NV, entropy_N
 
 

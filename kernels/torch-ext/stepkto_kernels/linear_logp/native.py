@@ -19,7 +19,7 @@ def linear_logp_entropy_forward(
     hidden_ND: Tensor, *arguments: Any, with_entropy: bool = True
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *arguments_but_storing, _ = arguments
-    logp, lse, tile_lse, entropy = functions().linear_logp(hidden_ND, *arguments_but_storing, with_entropy)
+    logp, lse, tile_lse, entropy, _ = functions().linear_logp(hidden_ND, *arguments_but_storing, with_entropy, False)
     return logp, lse, tile_lse, hidden_ND.new_empty(0, 0), entropy
 
 

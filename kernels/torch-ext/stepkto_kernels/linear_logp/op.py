@@ -36,12 +36,16 @@ class LogitOptions(NamedTuple):
     filter_eps: float
 
 
-def check_head(prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> tuple:
+def check_head(
+    prefix: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, empty_allowed: bool = False
+) -> tuple:
     """Checked (hidden, weight, bias), cast as F.linear would cast them under autocast."""
     names = f"{prefix}hidden", f"{prefix}weight", f"{prefix}bias"
+    for name, each in zip(names, (hidden, weight, bias), strict=True):
+        checks.whole(name, each)
     checks.tensor(names[0], hidden, checks.FLOATS, ("N", None), ("D", None))
     checks.tensor(names[1], weight, checks.FLOATS, ("V", None), ("D", hidden.shape[1]))
-    if weight.shape[0] == 0:
+    if weight.shape[0] == 0 and not empty_allowed:
         raise ValueError(f"{names[1]} has shape {tuple(weight.shape)}; expected at least one row (V >= 1)")
     if bias is not None:
         checks.tensor(names[2], bias, checks.FLOATS, ("V", weight.shape[0]))
@@ -199,13 +203,20 @@ def _save(ctx, inputs, output):
     hidden, weight, target, bias, *ctx.options = inputs
     ctx.save_for_backward(hidden, weight, target, *output, bias)
     ctx.backend = requested_for_backward()
+    ctx.set_materialize_grads(False)
+
+
+def _gradients_of_inputs(ctx, backward, *arguments):
+    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
+    grads = backward(*arguments, *ctx.options[:-1], *needs, ctx.backend)
+    dhidden, dweight, dbias = present(*grads, needed=needs)
+    return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
 
 
 def _differentiate_logp(ctx, grad_logp, *_):
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-    grads = linear_logp_backward(grad_logp, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend)
-    dhidden, dweight, dbias = present(*grads, needed=needs)
-    return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
+    if grad_logp is None:
+        return None, None, None, None, *[None] * len(ctx.options)
+    return _gradients_of_inputs(ctx, linear_logp_backward, grad_logp, *ctx.saved_tensors)
 
 
 linear_logp_forward.register_autograd(_differentiate_logp, setup_context=_save)
@@ -274,13 +285,20 @@ def _(
     return fake_gradients(hidden, weight, bias, options_needs_backend[-4:-1])
 
 
+def differentiate_logp_entropy(ctx, grad_logp, grad_entropy):
+    """The gradients of a forward that saved what `linear_logp_entropy_forward` saves."""
+    if grad_entropy is None:  # of an entropy that was only looked at: routing need not heed its gradient
+        *saved, _entropy, bias = ctx.saved_tensors
+        if grad_logp is None:
+            return None, None, None, None, *[None] * len(ctx.options)
+        return _gradients_of_inputs(ctx, linear_logp_backward, grad_logp, *saved, bias)
+    if grad_logp is None:
+        grad_logp = torch.zeros_like(grad_entropy)
+    return _gradients_of_inputs(ctx, linear_logp_entropy_backward, grad_logp, grad_entropy, *ctx.saved_tensors)
+
+
 def _differentiate_logp_entropy(ctx, grad_logp, _lse, _tile_lse, _tile_probs, grad_entropy):
-    needs = ctx.needs_input_grad[0], ctx.needs_input_grad[1], ctx.needs_input_grad[3]
-    grads = linear_logp_entropy_backward(
-        grad_logp, grad_entropy, *ctx.saved_tensors, *ctx.options[:-1], *needs, ctx.backend
-    )
-    dhidden, dweight, dbias = present(*grads, needed=needs)
-    return dhidden, dweight, None, dbias, *[None] * len(ctx.options)
+    return differentiate_logp_entropy(ctx, grad_logp, grad_entropy)
 
 
 linear_logp_entropy_forward.register_autograd(_differentiate_logp_entropy, setup_context=_save)
