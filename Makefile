@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot lint clean
+.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot hub lint clean
 
 setup: $(STAMP)
 
@@ -93,10 +93,14 @@ tune:
 aot: $(STAMP)
 	$(BIN)/python kernels/aot.py
 
+# The package as Hugging Face's `kernels` loads it: kernels/build/<variant>. kernels/README.md says how to load it.
+hub: $(STAMP)
+	$(BIN)/python kernels/hub.py
+
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so
+	rm -rf build dist kernels/build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so

@@ -9,7 +9,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from on_backends import where_it_runs
 from stepkto_kernels import backend, backends, linear_logp, linear_logp_entropy_parallel, linear_logp_parallel
-from stepkto_kernels.linear_logp import reference as truth
+from stepkto_kernels.linear_logp import reference as head_truth
+from stepkto_kernels.linear_logp_parallel import reference as truth
 from test_linear_logp import EVERYTHING, inputs
 
 pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
@@ -95,10 +96,11 @@ def test_ranks_together_are_the_whole_head(name, of_processes):
         operands = inputs((23, 24, 201), dtype)
         target = operands[2]
         leaves = [operands[i].double().requires_grad_() for i in (0, 1, 3)]
-        logp, entropy = truth.linear_logp_entropy(leaves[0], leaves[1], target, bias=leaves[2], **head)
+        weights, biases = (x.split(ROWS[len(calls)]) for x in leaves[1:])
+        logp, entropy = truth.linear_logp_entropy_parallel(leaves[0], weights, target, biases=biases, **head)
         (logp * coefficients(logp)[0] + entropy * coefficients(logp)[1]).sum().backward()
         # sums of 24 products in fp32, and a logit's error where it is the largest
-        largest = truth.logits(*(x.detach() for x in leaves), **head).abs().max()
+        largest = head_truth.logits(*(x.detach() for x in leaves), **head).abs().max()
         budget = 1e-12 if dtype == torch.float64 else 16 * EPS * (1 + largest)
         of_ranks = [call[key] for call in calls]
         for values in of_ranks:
@@ -147,7 +149,7 @@ def dtensors(rank, ranks):
 def test_dtensors(of_processes):
     operands = inputs((23, 24, 201), torch.float32)
     leaves = [operands[i].double().requires_grad_() for i in (0, 1, 3)]
-    exact = truth.linear_logp(leaves[0], leaves[1], operands[2], bias=leaves[2])
+    exact = truth.linear_logp_parallel(leaves[0], leaves[1:2], operands[2], biases=leaves[2:])
     exact.sum().backward()
     for logp, *gradients, refused in [found["dtensors"] for found in of_processes]:
         torch.testing.assert_close(logp.double(), exact.detach(), rtol=1e-6, atol=1e-5)

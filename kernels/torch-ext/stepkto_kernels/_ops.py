@@ -1,27 +1,15 @@
-"""The one place that knows the torch.library namespace, and how an op of this package is declared."""
+"""The torch.library namespace of this copy of the package: the name it was imported under.
 
-import functools
-from collections.abc import Callable
+Several copies may live in one process, such as the installed one and one from the Kernel Hub, whose loader gives each
+build a name of its own. Hugging Face's kernel-builder puts a file with the same two names in the place of this one.
+"""
 
 import torch
 
-NAMESPACE = "stepkto_kernels"
-NATIVE_NAMESPACE = f"{NAMESPACE}_native"  # the raw C++ functions; registered by the shared library
+_NAMESPACE = (__package__ or "").replace(".", "_")
+
+ops = getattr(torch.ops, _NAMESPACE)
 
 
-def add_op_namespace_prefix(name: str) -> str:
-    return f"{NAMESPACE}::{name}"
-
-
-def op(function: Callable):
-    """Declare `function` (tensors first) as an op of this package, under its own name.
-
-    Autocast is off inside: an op upcasts its operands itself, and autocast would round them down again.
-    """
-
-    @functools.wraps(function)
-    def without_autocast(first: torch.Tensor, *rest):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *rest)
-
-    return torch.library.custom_op(add_op_namespace_prefix(function.__name__), without_autocast, mutates_args=())
+def add_op_namespace_prefix(op_name: str) -> str:
+    return f"{_NAMESPACE}::{op_name}"

@@ -5,7 +5,6 @@ from typing import Literal, NamedTuple
 from torch import Tensor
 
 from .. import backends, checks, triton_backend
-from .._ops import op
 from ..linear_logp.op import (
     check_head,
     check_logit_options,
@@ -15,6 +14,7 @@ from ..linear_logp.op import (
     reads_data,
     requested_for_backward,
 )
+from ..registration import op
 from . import eager, native
 
 backends.register("linear_logp_kl", "reference", eager.linear_logp_kl_forward)

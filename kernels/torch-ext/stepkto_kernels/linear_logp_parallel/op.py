@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import backends
 from ..linear_logp.eager import VOCAB_TILE, compute_dtype, vocab_tiles
 from ..linear_logp.op import (
     LogitOptions,
@@ -20,6 +21,9 @@ from ..linear_logp.op import (
     requested_for_backward,
 )
 from .shards import gathered, local_operands, place
+
+backends.register_composed("linear_logp_parallel", "linear_logp")
+backends.register_composed("linear_logp_entropy_parallel", "linear_logp_entropy")
 
 IGNORED = -1
 
@@ -72,10 +76,11 @@ class _Parallel(torch.autograd.Function):
         # each rank may drop its part of what all may drop together
         share = ctx.options.filter_eps / dist.get_world_size(ctx.group)
         options = *ctx.options._replace(ignore_index=IGNORED, filter_eps=share), *needs, ctx.backend
-        grads: tuple = (torch.zeros_like(hidden), torch.zeros_like(weight), weight.new_zeros(0))
-        if len(weight) and grad_entropy is None:
+        if len(weight) == 0:
+            grads: tuple = (torch.zeros_like(hidden), torch.zeros_like(weight), weight.new_zeros(0))
+        elif grad_entropy is None:
             grads = linear_logp_backward(grad_logp, hidden, weight, *saved, bias, *options)
-        elif len(weight):
+        else:
             grad_logp = torch.zeros_like(grad_entropy) if grad_logp is None else grad_logp
             grads = linear_logp_entropy_backward(
                 grad_logp, grad_entropy, hidden, weight, *saved, entropy, bias, *options

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, triton_backend
-from .._ops import op
 from ..linear_logp import eager as head
 from ..linear_logp.op import (
     check_head,
@@ -15,6 +14,7 @@ from ..linear_logp.op import (
     reads_data,
     requested_for_backward,
 )
+from ..registration import op
 from . import eager, native
 
 backends.register("linear_logp_stats", "reference", eager.linear_logp_stats_forward)

@@ -9,7 +9,6 @@ from typing import Literal
 from torch import Tensor
 
 from .. import backends, checks
-from .._ops import op
 from ..linear_logp.eager import stores_probs
 from ..linear_logp.op import (
     check_head,
@@ -22,6 +21,7 @@ from ..linear_logp.op import (
 from ..linear_logp.op import fake_results as fake_head_results
 from ..linear_logp_kl.op import check_reference_head
 from ..reference_points.op import ReferencePoints
+from ..registration import op
 from ..step_kto.op import (
     StepKTOOutput,
     batch_values,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, triton_backend
-from .._ops import op
+from ..registration import op
 from . import eager, native
 
 backends.register("reference_points", "reference", eager.reference_points_forward)

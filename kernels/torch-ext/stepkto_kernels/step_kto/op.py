@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from .. import backends, checks, triton_backend
-from .._ops import op
 from ..linear_logp.op import reads_data
 from ..reference_points.op import check_boundaries
+from ..registration import op
 from . import eager, native
 
 backends.register("step_kto", "reference", eager.step_kto_forward)
