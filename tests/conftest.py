@@ -28,6 +28,16 @@ def compiler():
         pytest.skip(f"{found} does not compile an empty program")
 
 
+@pytest.fixture
+def one_rank():
+    """The mesh of one process that is a group of its own, for FSDP and DTensors."""
+    if not torch.distributed.is_available():
+        pytest.skip("this torch has no torch.distributed")
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def problems():
     return arithmetic.problems(40, "tests", "chain", range(1, 5))

@@ -21,6 +21,7 @@ LAYERS = [
     {"report"},
     {"phases"},
     {"train"},
+    {"integrations"},
 ]
 # Each optional package is imported in exactly one module.
 ONE_PLACE = {
@@ -29,6 +30,8 @@ ONE_PLACE = {
     "wandb": "recorder",
     "matplotlib": "report_figures",
 }
+# And these only in the adapter that has their name.
+STACKS = ("verl", "openrlhf", "llamafactory", "torchtune", "torchtitan")
 
 
 def imported(path: Path) -> set[str]:
@@ -63,6 +66,8 @@ def test_the_engine_imports_downwards(path):
         package = name.split(".")[0]
         if package in ONE_PLACE:
             assert mine == ONE_PLACE[package], f"{package} belongs into {ONE_PLACE[package]} alone"
+        if package in STACKS:
+            assert path == ENGINE / "integrations" / f"{package}.py", f"{package} belongs into its integration alone"
         assert package != "kernels", "that name belongs to another package"
 
 
