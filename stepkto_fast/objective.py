@@ -50,11 +50,12 @@ def class_weights(rollouts: Sequence[Rollout], recipe: Recipe) -> dict[str, Any]
         return {name: getattr(recipe, name) for name in names}
     labels = [r.label for r in rollouts]
     steps = [x for r in rollouts for x in seen_labels(r.step_labels, recipe.after_first_error)]
-    balanced = (*_balance(sum(labels), len(labels) - sum(labels)), *_balance(steps.count(1), steps.count(0)))
+    balanced = (*balance(sum(labels), len(labels) - sum(labels)), *balance(steps.count(1), steps.count(0)))
     return dict(zip(names, balanced, strict=True))
 
 
-def _balance(right: int, wrong: int) -> tuple[float, float]:
+def balance(right: int, wrong: int) -> tuple[float, float]:
+    """Weights of right and wrong with the same total each, 1 on average; 1 and 1 where a class is alone."""
     if not right or not wrong:
         return 1.0, 1.0
     return (right + wrong) / (2 * right), (right + wrong) / (2 * wrong)
