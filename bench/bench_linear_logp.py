@@ -1,4 +1,4 @@
-"""linear_logp, linear_logp_entropy and linear_logp_stats: every backend of ours, plain torch and every peer beside the bare products."""
+"""linear_logp, its entropy and stats: every backend of ours, plain torch and every peer beside the bare products."""
 
 import pytest
 import torch

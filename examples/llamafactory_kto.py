@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepkto_fast.integrations import llamafactory
 
-REQUIRES = ()
+REQUIRES = ("transformers",)
 
 BATCH, LENGTH, PROMPT = 8, 96, 40
 

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepkto_fast.integrations.openrlhf import StepKTOLoss
 
-REQUIRES = ()
+REQUIRES = ("transformers",)
 
 VOCABULARY, PROMPT, STEPS, STEP_LENGTH = 64, 4, 3, 5
 ACTIONS = STEPS * STEP_LENGTH

@@ -4,7 +4,7 @@ import torch
 from stepkto_kernels import linear_logp, linear_step_kto
 from transformers import LlamaConfig, LlamaForCausalLM
 
-REQUIRES = ()
+REQUIRES = ("transformers",)
 
 VOCABULARY, PROMPT, STEP_LENGTH, STEPS = 64, 4, 5, 3
 COMPLETIONS, COMPLETION = 16, STEPS * STEP_LENGTH

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepkto_fast.integrations.verl import linear_cross_entropy, patch
 
-REQUIRES = ()
+REQUIRES = ("transformers",)
 
 TEMPERATURE = 1.5
 

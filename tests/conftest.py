@@ -1,8 +1,11 @@
 """What several test files share: tiny models, rollouts, and determinism of torch's threads."""
 
+import os
 import random
 import shutil
 import subprocess
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported; TRL's trainers would call home
 
 import pytest
 import torch

@@ -389,6 +389,15 @@ def test_adapters_that_packing_would_ignore_are_refused(tmp_path, words):
 # the rest of a trainer
 
 
+def test_a_nan_is_not_averaged_away(tmp_path, words):
+    model = tiny(words)
+    with torch.no_grad():
+        model.get_input_embeddings().weight[words("9")["input_ids"][0]] = math.nan  # in some rows, not in all
+    metrics, _ = step(make_trainer(tmp_path, words, model=model, ref_model=tiny(words)))
+    assert math.isnan(metrics["outcome_loss"])
+    assert math.isnan(metrics["rewards/chosen"])
+
+
 @pytest.mark.parametrize("batch", [1, 4, 16])
 def test_evaluation_is_over_the_whole_data_set(tmp_path, words, batch):
     model = tiny(words)

@@ -180,4 +180,11 @@ def test_a_group_of_one_is_the_whole_head():
 
 def alone(rank):
     hidden, weight, target, _ = inputs((23, 24, 201), torch.float32)
-    return linear_logp_parallel(hidden, weight, target, group=dist.group.WORLD)
+
+    def function(h):
+        return 2 * linear_logp_parallel(h, weight, target, group=dist.group.WORLD)
+
+    eager, compiled = (each(hidden.requires_grad_()) for each in (function, torch.compile(function, backend="eager")))
+    assert torch.equal(eager, compiled)
+    assert torch.equal(*(torch.autograd.grad(x.sum(), hidden)[0] for x in (eager, compiled)))
+    return eager.detach() / 2

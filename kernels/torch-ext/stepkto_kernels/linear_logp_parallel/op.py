@@ -93,6 +93,7 @@ class _Parallel(torch.autograd.Function):
         return dhidden, dweight, dbias, None, None, None, None
 
 
+@torch.compiler.disable  # collectives on the shapes of the moment: compiled code calls it as it is
 def _parallel(
     hidden: Tensor,
     weight: Tensor,
