@@ -14,7 +14,7 @@ from providers import UnsupportedError, gradient_bytes, one_line
 from registry import BARE, OPS
 from replay import replay
 
-SIZES = {axis: [getattr(MIDDLE, axis) * factor // 4 for factor in (1, 2, 4, 8)] for axis in "ndv"}
+SIZES = {axis: [getattr(MIDDLE, axis) * factor // 4 for factor in (1, 2, 8)] for axis in "ndv"}
 NAMES = (BARE, "ours, native", "ours, triton", "TRL", "torch linear_cross_entropy")
 CASES = [
     Case("scaling", "linear_logp", MIDDLE._replace(**{axis: size}), PEAKED, True, name, axis)
@@ -23,7 +23,7 @@ CASES = [
     for name in NAMES
 ]
 WIDE = Shape("wide", 1024, 128, 32768, completion=128)
-BUDGET = 2**33 if CUDA else 2**29  # bytes
+BUDGET = 2**33 if CUDA else 2**30  # bytes
 LONGEST = 1.0  # seconds of a call behind which N is not doubled again
 FITTING = ("ours, native", "ours, triton", "TRL", "torch linear_cross_entropy", "torch linear_cross_entropy, chunked",
            "cut-cross-entropy, torch.compile", "full logits")  # fmt: skip
@@ -84,5 +84,5 @@ def largest(name: str, device: torch.device) -> Measured:
 def test_largest(groups, report, name):
     groups.say(f"largest N that fits: {name}")
     report(
-        largest(name, groups.device), f"largest N whose head takes at most {BUDGET >> 20} MiB, D {WIDE.d}, V {WIDE.v}"
+        largest(name, groups.device), f"largest N whose head takes at most {BUDGET >> 30} GiB, D {WIDE.d}, V {WIDE.v}"
     )
