@@ -600,13 +600,6 @@ def test_heads_that_are_not_their_weight_are_refused_when_patching_and_when_call
         model(**inputs, labels=labels)
 
 
-@pytest.fixture
-def one_rank():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_under_fsdp(one_rank, tied):
     model = build(tie_word_embeddings=tied)
