@@ -27,6 +27,8 @@ def packed_attention(module, query, key, value, attention_mask, scaling=None, dr
     Sliding windows, attention softcaps, sinks and dropout are refused with a ValueError, not ignored.
     """
     lengths = kwargs.get("lengths")
+    if attention_mask is not None:
+        raise ValueError(f"attention {NAME!r} has no masks, and {type(module).__name__} makes one of its own")
     if lengths is None:
         raise ValueError(
             f"attention {NAME!r} needs packed inputs: pass PackedBatch.model_inputs, or load the model with 'sdpa'"

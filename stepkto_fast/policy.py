@@ -92,7 +92,7 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 def head(model: PreTrainedModel) -> dict:
     """The LM head as keyword arguments of the kernels: weight, bias, logit_scale, softcap."""
-    output, config = model.get_output_embeddings(), model.config
+    output, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
     return {
         "weight": output.weight, "bias": getattr(output, "bias", None), "logit_scale": scale,

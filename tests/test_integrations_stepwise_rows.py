@@ -91,8 +91,12 @@ def test_a_step_without_a_token_of_its_own_is_refused(pieces):
 
 
 def test_a_token_across_the_prompts_end_goes_to_the_first_step_with_a_warning(pieces):
-    with pytest.warns(UserWarning, match="row 7 .* tokenised otherwise"):
-        row = tokenized(pieces, ["d", "e"], prompt="pc")
+    said = []
+    for prompt in ("eepc", "pc"):
+        with pytest.warns(UserWarning, match="train dataset is tokenised otherwise .* 'c', is taken out") as warned:
+            row = tokenized(pieces, ["d", "e"], prompt=prompt)
+        said += [str(warning.message) for warning in warned]
+    assert len(set(said)) == 1  # which Python then says once
     assert texts(pieces, row) == ["cd\n", "e<eos>"]
     assert pieces.decode(row["prompt_ids"]) == "<bos>p"
 
@@ -119,6 +123,10 @@ def test_prompts_of_messages_take_the_chat_template(pieces):
     message = [{"role": "assistant", "content": "d\ne"}]
     one = tokenized(pieces, prompt=prompt, completion=message)
     assert (one["completion_ids"], one["step_ends"], one["step_labels"]) == (row["completion_ids"], [4], [-1])
+    echo = copy.deepcopy(pieces)  # the completion once more, in the prompt and behind itself
+    echo.chat_template = TEMPLATE + "{% if not add_generation_prompt %}d\ne{% endif %}"
+    both = tokenized(echo, ["d", "e"], prompt=[{"role": "user", "content": "d\ne"}])
+    assert texts(echo, both) == ["d\n", "e<eos>d\ne"]
     stripping = copy.deepcopy(pieces)
     stripping.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
     with pytest.raises(ValueError, match=r"row 7 .* chat template changes the completion"):

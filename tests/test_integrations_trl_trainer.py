@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("trl", reason="the trainer is for users of TRL, which is not installed")
 
@@ -20,6 +21,7 @@ from torch.nn.functional import log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from trl import KTOConfig, KTOTrainer
 
+from stepkto_fast.integrations.packed_forward import add_packed_forward
 from stepkto_fast.integrations.stepwise_rows import collate
 from stepkto_fast.integrations.trl_trainer import POINTS_FILE, StepKTOConfig, StepKTOTrainer
 from stepkto_fast.policy import build_policy, build_tokenizer
@@ -390,10 +392,14 @@ def test_adapters_that_packing_would_ignore_are_refused(tmp_path, words):
 
 
 def test_a_nan_is_not_averaged_away(tmp_path, words):
-    model = tiny(words)
+    seen = [set(words("".join([row["prompt"], *row["completions"]]))["input_ids"]) for row in make_rows()]
+    rare = next(token for token in seen[0] if sum(token in row for row in seen) < len(seen) / 2)
+    model, reference = tiny(words), tiny(words)
     with torch.no_grad():
-        model.get_input_embeddings().weight[words("9")["input_ids"][0]] = math.nan  # in some rows, not in all
-    metrics, _ = step(make_trainer(tmp_path, words, model=model, ref_model=tiny(words)))
+        model.get_input_embeddings().weight[rare] = math.nan
+    trainer = make_trainer(tmp_path, words, model=reference)
+    trainer.model.load_state_dict(model.state_dict())  # a model of NaN is refused at the start
+    metrics, _ = step(trainer)
     assert math.isnan(metrics["outcome_loss"])
     assert math.isnan(metrics["rewards/chosen"])
 
@@ -606,16 +612,55 @@ def test_arguments_that_cannot_work_are_refused(tmp_path, words):
         StepKTOTrainer(model, near(model), balanced, train_dataset=stream, processing_class=words)
 
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "options", "message"),
     [
-        (lambda m: setattr(m.config, "lm_head_multiplier", 0.5), "lm_head_multiplier 0.5"),
-        (lambda m: setattr(m.config, "model_type", "hyperclovax"), "scales its logits"),
-        (lambda m: setattr(m, "_is_stateful", True), "cannot keep packed sequences apart"),
+        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, "cannot keep packed sequences apart: what number 1 of 3"),
+        ("Doge", {"keep_window_size": 2}, "has no masks, and DogeAttention makes one of its own"),
+        ("FalconH1", {}, "cannot keep packed sequences apart"),
+        ("HyperCLOVAX", {"logits_scaling": 4.0}, "other logits than expected"),
     ],
 )
-def test_models_that_packing_would_get_wrong_are_refused(tmp_path, words, change, message):
-    model = tiny(words)
-    change(model)
+def test_models_that_packing_would_get_wrong_are_refused(name, options, message):
+    if not hasattr(transformers, f"{name}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **options)
     with pytest.raises(ValueError, match=message):
-        make_trainer(tmp_path, words, model=model, ref_model=tiny(words))
+        add_packed_forward(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_copy_of_a_model_runs_its_own_weights(words):
+    model = tiny(words)
+    add_packed_forward(model)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.get_output_embeddings().weight.zero_()
+    ids = torch.tensor([[3, 4, 5]])
+    for each in (model, other):
+        each.set_attn_implementation("sdpa")
+    assert other(ids).logits.eq(0).all()
+    assert model(ids).logits.ne(0).any()
+
+
+def test_rows_without_their_reference_are_refused(tmp_path, words):
+    trainer = make_trainer(tmp_path, words, eval_rows=make_rows(4, 7), precompute_ref_log_probs=True)
+    loss = trainer.evaluate()["eval_loss"]
+    assert trainer.evaluate(trainer.eval_dataset)["eval_loss"] == loss  # prepared already
+    with pytest.raises(ValueError, match="rows without ref_logps"):
+        trainer.predict(trainer.eval_dataset.remove_columns("ref_logps"))
+
+
+def test_a_batch_that_overflowed_does_not_stay_in_the_lagged_points(tmp_path, words):
+    trainer = make_trainer(tmp_path, words)
+    trainer._sums["train"] = torch.tensor([100.0, 1.0, *[math.nan] * 18], dtype=torch.float64)
+    trainer.lagged.outcome, trainer.lagged.step = 0.4, 0.2
+    trainer._finish("train")
+    assert (trainer.lagged.outcome, trainer.lagged.step) == (0.4, 0.2)
+    assert math.isnan(trainer._metrics["train"]["outcome_loss"][-1])

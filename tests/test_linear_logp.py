@@ -303,6 +303,25 @@ def test_a_target_of_another_shard_has_no_entry_here(on_backend):
         torch.testing.assert_close(ours.double(), leaf.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_entries_of_probability_zero_have_no_part_in_entropy_and_gradients(on_backend):
+    """A bias of -inf rules entries out of the vocabulary: a whole tile, single ones."""
+    hidden, weight, target, bias = inputs((9, 6, 300), torch.float32)
+    allowed = torch.ones(300, dtype=torch.bool)
+    allowed[[5, 131, 299]] = allowed[128:256] = False
+    target = torch.where(target == -100, target, torch.arange(9))  # allowed all, once 5 is not a target
+    target[5] = 6
+    results = []
+    for keep in (allowed, slice(None)):
+        ruled_out = bias.masked_fill(~allowed, -torch.inf)[keep]
+        h, w = hidden.clone().requires_grad_(), weight[keep].clone().requires_grad_()
+        logp, entropy = linear_logp_entropy(h, w, target - (target > 5).long() * (keep is allowed), bias=ruled_out)
+        (logp.sum() + 0.3 * entropy.sum()).backward()
+        dweight = torch.zeros_like(weight).index_add(0, torch.arange(300)[keep], w.grad)
+        results.append((logp.detach(), entropy.detach(), h.grad, dweight))
+    for without, with_them in zip(*results, strict=True):
+        torch.testing.assert_close(with_them, without, rtol=1e-5, atol=1e-6)
+
+
 def test_another_ignore_index(on_backend):
     hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
     everywhere = linear_logp(hidden, weight, target.clamp(min=0))

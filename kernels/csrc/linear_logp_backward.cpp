@@ -203,7 +203,7 @@ class Backward {
   float target_gradient(int32_t token, float g, float g_H, float H) const {
     const float l = logp_.const_data_ptr<float>()[token];
     const float slope = -g * std::expm1(l);
-    return grad_entropy_ ? slope - g_H * std::exp(l) * (l + H) : slope;
+    return grad_entropy_ ? slope - g_H * std::exp(l) * (std::max(l, -1e30f) + H) : slope;  // 0 of a p of 0
   }
 
   void multiply_weight(const Chunk& chunk) {

@@ -20,6 +20,7 @@ using at::vec::fmadd;
 
 constexpr int64_t W = Vec::size();
 constexpr float INFINITE = std::numeric_limits<float>::infinity(), NO_MASS = -INFINITE;
+constexpr float LOWEST = -1e30f;  // for a log-probability of -inf where it is multiplied by its probability, 0
 static_assert(LANES % W == 0);
 
 Vec load(const float* x) { return Vec::loadu(x); }
@@ -176,7 +177,7 @@ void gradients(float* z, int64_t rows, int64_t columns, const float* lse, const 
     for (int64_t v = 0; v < rows; ++v) {
       float* at = z + v * columns + n;
       const Vec x = load(at), log_p = x - l;
-      Vec d = exp(log_p) * (grad_entropy ? fmadd(g_H, log_p + H, g) : g).neg();
+      Vec d = exp(log_p) * (grad_entropy ? fmadd(g_H, at::vec::maximum(log_p, Vec(LOWEST)) + H, g) : g).neg();
       if (head.capped) {
         const Vec t = x * to_tanh;
         d = d * (one - t * t);

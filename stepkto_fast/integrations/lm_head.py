@@ -97,7 +97,7 @@ def verify_logits(model: Any, options: LogitOptions, *, skip: bool = False) -> N
             f"the model is sharded or offloaded, or with verify=False ({', '.join(FAMILIES)})"
         )
     head = whole_head(model)
-    with _evaluating(model), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
+    with evaluating(model), torch.no_grad(), torch.autocast(head.weight.device.type, enabled=False):
         difference = _difference(model, head, options)
     if difference is not None:
         config = model.config.get_text_config().to_dict()
@@ -168,7 +168,8 @@ def _elsewhere(module: nn.Module) -> tuple[str, str] | None:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """In eval mode inside the context; each module goes back to the mode it had."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:

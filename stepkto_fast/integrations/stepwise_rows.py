@@ -59,7 +59,7 @@ def tokenize_row(
         raise ValueError(
             f"{where} has {len(labels)} labels for {len(characters)} steps: give one a step (null: unlabelled)"
         )
-    prompt_ids, completion_ids, starts = _encode(row, where, text, tokenizer)
+    prompt_ids, completion_ids, starts = _encode(row, where, dataset, text, tokenizer)
     steps = [bisect_right(characters[:-1], start) for start in starts]
     empty = set(range(len(characters))) - set(steps)
     if empty:
@@ -121,7 +121,7 @@ def _labels(row: dict[str, Any], where: str) -> list[int] | None:
 
 
 def _encode(
-    row: dict[str, Any], where: str, text: str, tokenizer: PreTrainedTokenizerBase
+    row: dict[str, Any], where: str, dataset: str, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int], list[int]]:
     """Ids of the prompt and of the completion, and where each of the latter starts, in characters of `text`."""
     prompt = row["prompt"]
@@ -134,7 +134,10 @@ def _encode(
         answer = {"role": "assistant", "content": text}
         before = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True, **options)
         whole = tokenizer.apply_chat_template([*prompt, answer], tokenize=False, **options)
-        begin = whole.rfind(text)
+        # where the prompt ends: not at the same text within the prompt, or behind it
+        begin = whole.find(text, max(0, _shared(before, whole) - len(text) + 1))
+        if whole.startswith(before + text):
+            begin = len(before)
         if begin < 0:
             raise ValueError(
                 f"{where}: the chat template changes the completion, so its steps cannot be found in it: give steps "
@@ -147,13 +150,13 @@ def _encode(
     prompt_ids = tokenizer(before, add_special_tokens=not chat)["input_ids"]
     encoded = tokenizer(whole, add_special_tokens=not chat, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    both = zip(prompt_ids, ids, strict=False)
-    shared = next((n for n, (alone, joined) in enumerate(both) if alone != joined), min(len(prompt_ids), len(ids)))
+    shared = _shared(prompt_ids, ids)
     if shared < len(prompt_ids):
         warnings.warn(
-            f"{where}: its prompt is tokenised otherwise alone than before its completion. What differs, "
+            # without the row's number: the same text is said once
+            f"a prompt of the {dataset} dataset is tokenised otherwise alone than before its completion. What differs, "
             f"{tokenizer.decode(prompt_ids[shared:])!r}, is taken out of the prompt, as in KTOTrainer: end prompts "
-            "where a token ends. The same may hold for other rows",
+            "where a token ends",
             stacklevel=2,
         )
     if not shared or shared == len(ids):
@@ -163,12 +166,23 @@ def _encode(
     return ids[:shared], ids[shared:], [start - begin for start in starts]
 
 
-def collate(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One packed batch of rows that `tokenize_row` made.
+def _shared(one: Sequence, other: Sequence) -> int:
+    """How many items the two have in common from the start."""
+    both = enumerate(zip(one, other, strict=False))
+    return next((n for n, (x, y) in both if x != y), min(len(one), len(other)))
+
+
+def collate(rows: Sequence[dict[str, Any]], with_reference: bool = False) -> dict[str, Any]:
+    """One packed batch of rows that `tokenize_row` made; `with_reference` all need their `ref_logps`, or ValueError.
 
     label: (B,) bool; input_ids: (1, T) int64, prompts and completions side by side; counts: (2,) fp32, completions and
     those of them with a labelled step; packed: the `PackedBatch`, with the rows' `ref_logps` where they have them.
     """
+    if with_reference and any(row.get("ref_logps") is None for row in rows):
+        raise ValueError(
+            "rows without ref_logps: precompute_ref_log_probs does so for the train and eval datasets that the trainer "
+            "is made with; give others the column, or set it False"
+        )
     rollouts = [
         Rollout(
             problem_id=0, sample=n, prompt="", prompt_ids=row["prompt_ids"], completion="",

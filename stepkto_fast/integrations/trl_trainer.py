@@ -9,8 +9,9 @@ The rows are those of `stepwise_rows`, the objective that of docs/objective.md. 
 - Completions lie side by side in one row of tokens, without padding; prompts do not reach the LM head. The model's
   attention is set to `stepkto_packed` for that: before you generate with it, call `set_attn_implementation("sdpa")`.
 - Means are over the whole optimizer batch. Loss and gradient do not depend on how `gradient_accumulation_steps`,
-  `per_device_train_batch_size` and the number of processes share it out. Evaluation means are over the whole data set
-  (on several processes, with the rows that accelerate repeats to fill the last batch).
+  `per_device_train_batch_size` and the number of processes share it out. (Of a stream, transformers takes no step for
+  micro-batches left over at the end of an epoch and adds their gradient to the next one.) Evaluation means are over
+  the whole data set (on several processes, with the rows that accelerate repeats to fill the last batch).
 - Reference points come from earlier batches or are 0, so a batch of one and any order of rows will do. `kl` and
   `step_kl` are logged as they are before they are clamped at 0.
 - Logits are never formed: there are no `logits/*` and `entropy` metrics.
@@ -19,9 +20,11 @@ The rows are those of `stepwise_rows`, the objective that of docs/objective.md. 
 """
 
 import json
+import math
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +102,15 @@ class StepKTOTrainer(KTOTrainer):
         loss_type, args.loss_type = args.loss_type, "apo_zero_unpaired"
         try:
             super().__init__(
-                model, ref_model, args, collate, train_dataset, eval_dataset, processing_class, None, **others
+                model,
+                ref_model,
+                args,
+                partial(collate, with_reference=args.precompute_ref_log_probs),
+                train_dataset,
+                eval_dataset,
+                processing_class,
+                None,
+                **others,
             )
         finally:
             args.loss_type = loss_type
@@ -159,6 +170,8 @@ class StepKTOTrainer(KTOTrainer):
     def _precompute_ref_logps(self, dataset: Dataset, name: str, batch_size: int) -> Dataset:
         if not isinstance(dataset, Dataset):
             raise ValueError("precompute_ref_log_probs needs rows that can be counted: give a Dataset, or set it False")
+        if "ref_logps" in dataset.column_names:
+            return dataset
         self._use_packed_forwards()
         lengths = [len(ids) for ids in dataset["completion_ids"]]
         ranks, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -247,7 +260,9 @@ class StepKTOTrainer(KTOTrainer):
                 chosen, rejected = (metrics[f"{prefix}rewards/{name}"] for name in ("chosen", "rejected"))
                 metrics[f"{prefix}rewards/margins"] = chosen - rejected
         if mode == "train":
-            self.lagged.update(rest[1] / rest[0], rest[9] / rest[8])
+            means = rest[1] / rest[0], rest[9] / rest[8]
+            if all(map(math.isfinite, means)):  # a batch that overflowed, whose step fp16's scaler skips, does not stay
+                self.lagged.update(*means)
             self._total_train_tokens += int(tokens)
             if not supervised and self.args.step_weight > 0 and not isinstance(self.train_dataset, Dataset):
                 warnings.warn("an optimizer batch has no labelled step: its step loss is 0", stacklevel=2)

@@ -15,6 +15,7 @@ from .. import triton_backend
 VOCAB_TILE = 128  # width of the vocabulary tiles whose log-sum-exps a forward saves, on every backend
 STORED_BYTES = 2**28  # the most that a forward may keep for an exact backward; see `stores_probs`
 TILE_V = 8192  # a multiple of it: what this backend multiplies at a time
+LOWEST = -1e30  # what a log-probability of -inf is clamped to where it is multiplied by its probability, 0
 TILE_ELEMENTS = 2**24  # of logits held at a time: 64 MiB in fp32
 
 
@@ -180,7 +181,7 @@ def forward(
                 tile_probs_NV[rows, tile] = (z_nv - within_nv).exp().to(tile_probs_NV.dtype)
             if with_entropy:
                 logq_nv = z_nv.sub_(finite(lse_tiles[-1])[:, None])
-                terms_nv = logq_nv.exp().mul_(logq_nv)
+                terms_nv = logq_nv.exp().mul_(logq_nv.clamp_(min=LOWEST))
                 terms_nv[row, column] = 0
                 entropy_tiles.append(-terms_nv.sum(-1))
         lse_nt = torch.stack(lse_tiles, -1)
@@ -289,8 +290,9 @@ def _backward(
                 dz_nv = logp_nv.exp_().mul_(-g_n)
             else:
                 gH_n, entropy_n = grad_entropy_N[rows, None].to(dtype) * head.slope, entropy_N[rows, None]
-                dz_nv = (g_n + gH_n * (logp_nv + entropy_n)).mul_(logp_nv.exp()).neg_()
-                target_term_n -= gH_n[row, 0] * logp_n.exp() * (logp_n + entropy_n[row, 0])
+                p_nv = logp_nv.exp()
+                dz_nv = (g_n + gH_n * (logp_nv.clamp_(min=LOWEST) + entropy_n)).mul_(p_nv).neg_()
+                target_term_n -= gH_n[row, 0] * logp_n.exp() * (logp_n.clamp(min=LOWEST) + entropy_n[row, 0])
             dz_nv[row, column] = target_term_n
             dz_nv = head.pull_back_(dz_nv, z_nv)
             if dh_ND is not None:

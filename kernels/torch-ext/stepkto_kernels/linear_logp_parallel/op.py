@@ -77,7 +77,8 @@ class _Parallel(torch.autograd.Function):
         share = ctx.options.filter_eps / dist.get_world_size(ctx.group)
         options = *ctx.options._replace(ignore_index=IGNORED, filter_eps=share), *needs, ctx.backend
         if len(weight) == 0:
-            grads: tuple = (torch.zeros_like(hidden), torch.zeros_like(weight), weight.new_zeros(0))
+            # contiguous, as the other ranks' is: the sum over ranks is one of memory
+            grads: tuple = (hidden.new_zeros(hidden.shape), weight.new_zeros(weight.shape), weight.new_zeros(0))
         elif grad_entropy is None:
             grads = linear_logp_backward(grad_logp, hidden, weight, *saved, bias, *options)
         else:
@@ -133,7 +134,7 @@ def linear_logp_parallel(
     Args:
         hidden: (N, D), the same on every rank: a plain tensor, or a DTensor that is replicated.
         weight: (V_r, D), this rank's rows of the head, of any number (none, too): rank 0 has the first ones. Or a
-            DTensor with placement Shard(0) over one dimension of its mesh.
+            DTensor with placement Shard(0) over a mesh of one dimension.
         target: (N,) int64 in [0, sum of all V_r), or `ignore_index`; the same on every rank.
         group: the process group over which the vocabulary is sharded; None for a DTensor, whose mesh tells.
         bias: (V_r,), sharded as weight is, or None.

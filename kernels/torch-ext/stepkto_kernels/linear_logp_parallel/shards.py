@@ -21,13 +21,13 @@ def local_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None, group: A
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     if isinstance(weight, DTensor):
-        sharded = [i for i, placement in enumerate(weight.placements) if placement != Replicate()]
-        if len(sharded) != 1 or weight.placements[sharded[0]] != Shard(0):
+        if tuple(weight.placements) != (Shard(0),):
             raise ValueError(
                 f"weight is a DTensor with placements {tuple(weight.placements)}; expected Shard(0), the vocabulary, "
-                "over one dimension of its mesh and Replicate() over the others"
+                "over a mesh of one dimension. With more dimensions pass weight.to_local(grad_placements=...) and the "
+                "group of the sharded one"
             )
-        of_mesh = weight.device_mesh.get_group(sharded[0])
+        of_mesh = weight.device_mesh.get_group()
         if group is not None and dist.get_process_group_ranks(group) != dist.get_process_group_ranks(of_mesh):
             raise ValueError(
                 f"group holds the ranks {dist.get_process_group_ranks(group)} and weight's mesh "
