@@ -63,7 +63,7 @@ sanitize: $(STAMP)
 		$(BIN)/python -m pytest -q -p no:cacheprovider -k "native and not lesser and not twentieth" \
 		$(addprefix tests/test_,native.py linear_logp.py linear_logp_stats.py linear_logp_kl.py routing.py reference_points.py step_kto.py linear_step_kto.py)
 
-# Every op against every peer, and the loop against TRL's trainer: about 15 minutes on 2 cores. Report what it found
+# Every op against every peer, and the loop against TRL's trainer: under 15 minutes on 2 cores. Report what it found
 # with `make bench-report BENCH=...`, which draws docs/benchmarks.md and the README's table from a stored result.
 BENCH ?= runs/bench.json
 bench: $(STAMP)
