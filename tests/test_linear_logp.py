@@ -322,6 +322,13 @@ def test_entries_of_probability_zero_have_no_part_in_entropy_and_gradients(on_ba
         torch.testing.assert_close(with_them, without, rtol=1e-5, atol=1e-6)
 
 
+def test_a_weight_that_is_elsewhere_is_named():
+    weight = torch.nn.Parameter(torch.zeros(0))
+    weight.ds_id = 0  # as DeepSpeed marks what it has partitioned
+    with pytest.raises(ValueError, match=r"weight is empty.*ZeRO-3.*GatheredParameters"):
+        linear_logp(torch.zeros(2, 4), weight, torch.zeros(2, dtype=torch.long))
+
+
 def test_another_ignore_index(on_backend):
     hidden, weight, target, _ = inputs((9, 6, 21), torch.float32, bias=False)
     everywhere = linear_logp(hidden, weight, target.clamp(min=0))
