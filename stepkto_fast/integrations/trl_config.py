@@ -3,8 +3,9 @@
 from dataclasses import dataclass, field
 
 from . import require
+from .trl import SUPPORTED
 
-require("trl", "==1.16.*", "stepkto_fast.integrations.trl_config")
+require("trl", SUPPORTED, "stepkto_fast.integrations.trl_config")
 
 from trl import KTOConfig  # noqa: E402
 

@@ -41,8 +41,9 @@ from ..rollout import UNLABELLED
 from . import require
 from .packed_forward import add_packed_forward
 from .stepwise_rows import COLUMNS, collate, tokenize_row
+from .trl import SUPPORTED
 
-require("trl", "==1.16.*", "stepkto_fast.integrations.trl_trainer")
+require("trl", SUPPORTED, "stepkto_fast.integrations.trl_trainer")
 
 from trl import KTOTrainer  # noqa: E402
 from trl.models.utils import disable_gradient_checkpointing  # noqa: E402
