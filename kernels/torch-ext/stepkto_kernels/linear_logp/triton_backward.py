@@ -11,7 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..triton_backend import Compilation, chip, interpreting, multiprocessors
-from .eager import VOCAB_TILE
+from .eager import LOWEST, VOCAB_TILE
 from .triton_forward import ELEMENT, precision, rows_contiguous, scalars, tma
 from .triton_gradients import hidden_gradients, list_rows, pair_gradients, weight_gradients
 from .triton_route import BLOCK, Routes, route
@@ -211,6 +211,10 @@ def linear_logp_entropy_backward(
     bias_V: Tensor | None,
     *options,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if entropy_N is not None:  # p log p of an entry ruled out by -inf is 0; the kernel has no register left to say so
+        logp_N = logp_N.clamp(min=LOWEST)
+        if bias_V is not None:
+            bias_V = bias_V.clamp(min=max(LOWEST, torch.finfo(bias_V.dtype).min))
     problem = _Problem(
         grad_logp_N.contiguous(),
         None if grad_entropy_N is None else grad_entropy_N.contiguous(),

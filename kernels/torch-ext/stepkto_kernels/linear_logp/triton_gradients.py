@@ -3,12 +3,10 @@
 import triton
 import triton.language as tl
 
-from .eager import LOWEST as LOWEST_LOGP
 from .eager import VOCAB_TILE
 from .triton_math import NO_MASS, expm1, logits, multiply, operand, rounded, rounded_to_tf32
 
 TILE = tl.constexpr(VOCAB_TILE)
-LOWEST = tl.constexpr(LOWEST_LOGP)
 
 
 @triton.jit
@@ -123,9 +121,8 @@ def pair_gradients(
         if ENTROPY:
             gh_J = slope * tl.load(grad_entropy + n, mask=is_row, other=0.0)
             entropy_J = tl.load(entropy + n, mask=is_row, other=0.0)
-            logq_JV = tl.maximum(logq_JV, LOWEST)
             dz_JV = -(g_J[:, None] + gh_J[:, None] * (logq_JV + entropy_J[:, None])) * p_JV
-            at_target_J -= gh_J * tl.exp(logp_J) * (tl.maximum(logp_J, LOWEST) + entropy_J)
+            at_target_J -= gh_J * tl.exp(logp_J) * (logp_J + entropy_J)
         else:
             dz_JV = -g_J[:, None] * p_JV
         column_J = (tl.load(target + n, mask=is_row, other=-1) - t * TILE).to(tl.int32)
