@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from on_backends import INTERPRETING, where_it_runs
-from stepkto_kernels import backend, backends, linear_logp, linear_logp_entropy_parallel, linear_logp_parallel
+from stepkto_kernels import backend, backends, linear_logp, linear_logp_entropy_parallel, linear_logp_parallel, watch
 from stepkto_kernels.linear_logp import reference as head_truth
 from stepkto_kernels.linear_logp_parallel import reference as truth
 from test_linear_logp import EVERYTHING, inputs
@@ -50,7 +50,8 @@ def shard(x, rank, rows):
 
 def everything(rank, ranks, names):
     """In one start of the processes, which takes longer than the calls."""
-    return {name: many_heads(rank, ROWS[ranks], name) for name in names} | {"dtensors": dtensors(rank, ranks)}
+    found = {name: many_heads(rank, ROWS[ranks], name) for name in names}
+    return found | {"dtensors": dtensors(rank, ranks), "dropped": dropped(rank, names)}
 
 
 def many_heads(rank, rows, name):
@@ -69,6 +70,24 @@ def many_heads(rank, rows, name):
             )
         found[key] = [x.detach() for x in (logp, entropy, alone, *(x.grad for x in leaves))]
     return found
+
+
+def dropped(rank, names):
+    """The largest share of a token's mass that this rank leaves out, by backend that leaves anything out, of a half."""
+    hidden, weight, target, _ = inputs((200, 24, 200 * dist.get_world_size()), torch.float32)
+    mine = shard(weight, rank, [200] * dist.get_world_size()).requires_grad_()
+    found = {}
+    for name in set(names) - {"reference"}:
+        with backend(name), watch() as calls:
+            linear_logp_parallel(hidden, mine, target, group=dist.group.WORLD, filter_eps=0.5).sum().backward()
+        found[name] = calls[-1].dropped_max
+    return found
+
+
+def test_the_ranks_together_leave_out_no_more_than_the_filter_allows(of_processes):
+    for found in of_processes:
+        for name, largest in found["dropped"].items():
+            assert 0 < largest <= 0.5 / len(of_processes), name
 
 
 def coefficients(like):

@@ -145,9 +145,9 @@ class LigerFusedLinearKTOLoss(nn.Module):
         signed = torch.where(labels, -margins, margins)
         losses = torch.where(labels, self.desirable_weight, self.undesirable_weight) * logsigmoid(signed).exp()
         logits = _logits_sums(_input.detach(), lin_weight.detach(), None if bias is None else bias.detach())
-        sums = (_of_either(x, labels) for x in (logps, logits, self.beta * log_ratios.detach()))
-        chosen_and_rejected = tuple(x for pair in sums for x in pair)
-        return losses.sum() / len(losses), chosen_and_rejected  # type: ignore[return-value]
+        rewards = _of_either(self.beta * log_ratios.detach(), labels)
+        metrics = *_of_either(logps, labels), *_of_either(logits, labels), *rewards
+        return losses.sum() / len(losses), metrics
 
 
 def _check(hidden: Tensor, target: Tensor, preference_labels: Tensor | None) -> Tensor:

@@ -184,7 +184,8 @@ def _log_probs(
     hidden = states.last_hidden_state.to(head.weight.device)
     target = shift_labels
     if target is None:
-        target = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)  # type: ignore[index]
+        assert labels is not None  # one of the two is given where this is called
+        target = nn.functional.pad(labels[:, 1:], (0, 1), value=ignore_index)
     target = target.to(hidden.device)
     if target.shape != hidden.shape[:2]:
         name = "labels" if shift_labels is None else "shift_labels"

@@ -5,6 +5,8 @@ Legend of the names in this package's function bodies: N packed scored tokens, n
 size, V vocabulary, v a tile of it, B completions, S steps. `h_ND` has shape (N, D).
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -30,14 +32,14 @@ def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tu
         raise TypeError(f"{name} has dtype {value.dtype} and shape {tuple(value.shape)}; {expected()}")
 
 
-def whole(name: str, value: object) -> None:
+def whole(name: str, value: Any) -> None:
     """Neither sharded nor an empty stand-in for what is."""
     if hasattr(value, "device_mesh"):
         raise ValueError(
-            f"{name} is a DTensor of shape {tuple(value.shape)} with placements {tuple(value.placements)}; expected a "  # type: ignore[attr-defined]
+            f"{name} is a DTensor of shape {tuple(value.shape)} with placements {tuple(value.placements)}; expected a "
             "plain tensor: pass its .full_tensor(), or use linear_logp_parallel for a head sharded by vocabulary"
         )
-    if hasattr(value, "ds_id") and value.numel() == 0:  # type: ignore[attr-defined]
+    if hasattr(value, "ds_id") and value.numel() == 0:
         raise ValueError(
             f"{name} is empty, since DeepSpeed ZeRO-3 holds its shards; call this, and its backward, within "
             "deepspeed.zero.GatheredParameters"
