@@ -61,7 +61,7 @@ class CMakeBuild(build_ext):
 setup(
     packages=[*find_packages(TORCH_EXT), *find_packages(include=["stepkto_fast", "stepkto_fast.*"])],
     package_dir={"stepkto_kernels": f"{TORCH_EXT}/stepkto_kernels", "stepkto_fast": "stepkto_fast"},
-    package_data={"stepkto_kernels": ["*.md", "*/*.md", "py.typed"], "stepkto_fast": ["*.jinja"]},
+    package_data={"stepkto_kernels": ["*.md", "*/*.md", "py.typed"], "stepkto_fast": ["*.jinja", "tasks/*.jsonl"]},
     ext_modules=[Extension("stepkto_kernels.native_library", sources=[], optional=True)],
     cmdclass={"build_ext": CMakeBuild},
 )

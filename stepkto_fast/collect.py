@@ -2,18 +2,18 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import RunError
 from .objective import log_probs
-from .prm import PRM
 from .recipe import Recipe
 from .rollout import Rollout
 from .sampler import Sampler, context_length, no_progress
-from .segmentation import step_ends, step_texts
-from .tasks import arithmetic
+from .segmentation import step_ends, step_style, step_texts
+from .task import Task
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,14 @@ class Asked:
     """A problem with its prompt as tokens."""
 
     problem_id: int
-    problem: arithmetic.Problem
+    problem: Any  # as the task has it
+    prompt: str
     prompt_ids: list[int]
 
 
 def ask(
-    problems: Sequence[arithmetic.Problem],
+    task: Task,
+    problems: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
     recipe: Recipe,
@@ -39,31 +41,31 @@ def ask(
     room = longest - recipe.max_completion_length
     asked, complaints = [], []
     for n, problem in enumerate(problems):
-        ids = list(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
+        text, ids = task.prompt(problem, tokenizer)
         if len(ids) > room:
             complaints.append(
-                f"prompt {n} ({problem.prompt.strip()[:60]!r}): {len(ids)} tokens, context_length "
+                f"prompt {n} ({text.strip()[:60]!r}): {len(ids)} tokens, context_length "
                 f"{recipe.context_length} (the model's: {model.config.max_position_embeddings}) and "
                 f"max_completion_length {recipe.max_completion_length} leave {room}; "
                 "lower the latter or raise the former"
             )
         elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             complaints.append(
-                f"prompt {n} ({problem.prompt.strip()[:60]!r}): has words that the model's tokenizer does not know; "
+                f"prompt {n} ({text.strip()[:60]!r}): has words that the model's tokenizer does not know; "
                 "give a model trained on such prompts"
             )
         else:
-            asked.append(Asked(n, problem, ids))
+            asked.append(Asked(n, problem, text, ids))
     if not asked:
         raise RunError(f"no prompt of {len(problems)} can be used; first complaint: {complaints[0]}")
     return asked, complaints
 
 
 def sample_rollouts(
-    sampler: Sampler, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, n: int,
-    temperature: float, seed: int, on_progress: Callable[[int, int], None] = no_progress,
+    sampler: Sampler, task: Task, asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *,
+    n: int, temperature: float, seed: int, on_progress: Callable[[int, int], None] = no_progress,
 ) -> list[Rollout]:  # fmt: skip
-    """n completions of each problem, segmented, judged by the exact checker (`label`, `checker_labels`)."""
+    """n completions of each problem, segmented, judged by the task (label, verified, answer, checker_labels)."""
     samples = sampler.sample(
         [a.prompt_ids for a in asked],
         n=n,
@@ -72,30 +74,26 @@ def sample_rollouts(
         seed=seed,
         on_progress=on_progress,
     )
-    rollouts = []
+    style = step_style(recipe.step_style, recipe.step_pattern)
+    rollouts, problems = [], []
     for a, drawn in zip(asked, samples, strict=True):
         for k, s in enumerate(drawn):
-            ends = step_ends(s.token_ids, tokenizer)
+            ends = step_ends(s.token_ids, tokenizer, style)
             steps = step_texts(s.token_ids, ends, tokenizer)
-            text = "".join(steps)
-            r = Rollout(a.problem_id, k, a.problem.prompt, a.prompt_ids, text, s.token_ids, s.logps, s.finished)
+            r = Rollout(a.problem_id, k, a.prompt, a.prompt_ids, "".join(steps), s.token_ids, s.logps, s.finished)
             r.step_ends, r.steps = ends, steps
-            r.label = arithmetic.answer_is_right(a.problem, text)
-            r.checker_labels = [int(x) for x in arithmetic.check_steps(a.problem, r.steps)]
+            r.checker_labels = task.check_steps(a.problem, steps)
             rollouts.append(r)
+            problems.append(a.problem)
+    judged = task.judge(problems, [r.completion for r in rollouts], [r.finished for r in rollouts])
+    for r, verdict in zip(rollouts, judged, strict=True):
+        r.label, r.verified, r.answer = verdict.right, verdict.verified, verdict.answer
     return rollouts
 
 
 def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts with text in them: a completion that is only the end-of-sequence token has no step to learn from."""
-    return [r for r in rollouts if r.step_ends and r.completion.strip()]
-
-
-def label_steps(rollouts: Sequence[Rollout], prm: PRM, recipe: Recipe) -> None:
-    """Fills step_probs and, from the recipe's label source, step_labels."""
-    for r, probabilities in zip(rollouts, prm.score(rollouts, recipe), strict=True):
-        r.step_probs = probabilities
-        r.step_labels = prm.label(probabilities) if recipe.label_source == "head" else list(r.checker_labels)
+    """The rollouts to learn from: with text (only an end-of-sequence token is no step) and a known outcome."""
+    return [r for r in rollouts if r.step_ends and r.completion.strip() and r.verified]
 
 
 def check_sync(model: PreTrainedModel, rollouts: Sequence[Rollout], recipe: Recipe) -> tuple[list[torch.Tensor], float]:

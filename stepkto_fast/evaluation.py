@@ -1,6 +1,5 @@
 """Evaluation of M_t on held-out problems: greedy Pass@1, Maj@k, flawed right answers, and an audit of the PRM head."""
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -9,79 +8,97 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .collect import Asked, check_sync, sample_rollouts
 from .objective import log_probs
-from .prm import PRM, audit
+from .prm import PRM
+from .prm_metrics import audit
 from .recipe import Recipe
-from .rollout import Rollout, write_table
+from .rollout import UNLABELLED, Rollout, write_table
 from .sampler import Sampler, no_progress
-from .tasks import arithmetic
+from .segmentation import step_statistics
+from .task import Task
 
 
 def evaluate(
-    sampler: Sampler, policy: PreTrainedModel, initial: PreTrainedModel, prm: PRM, asked: Sequence[Asked],
-    tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, iteration: int, seed: int, solutions: Path,
-    on_progress: Callable[[int, int], None] = no_progress,
+    sampler: Sampler, task: Task, policy: PreTrainedModel, initial: PreTrainedModel, prm: PRM | None,
+    asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, iteration: int, seed: int,
+    solutions: Path, on_progress: Callable[[int, int], None] = no_progress,
 ) -> tuple[dict, int]:  # fmt: skip
     """One entry of summary.json's `iterations`, and how many tokens were sampled for it.
 
-    Greedy solutions go to the parquet file `solutions`. The head is audited, the KL from M_0 estimated and the weight
-    sync proven on the first sampled completion of each problem.
+    Greedy solutions go to the parquet file `solutions`. The head is audited (where the task judges steps exactly), the
+    KL from M_0 estimated and the weight sync proven on the first sampled completion of each problem.
     """
-    greedy = sample_rollouts(sampler, asked, tokenizer, recipe, n=1, temperature=0.0, seed=seed)
+    greedy = sample_rollouts(sampler, task, asked, tokenizer, recipe, n=1, temperature=0.0, seed=seed)
     k = recipe.num_eval_generations
     sampled = sample_rollouts(
-        sampler, asked, tokenizer, recipe, n=k, temperature=recipe.temperature, seed=seed + 1, on_progress=on_progress
-    )
+        sampler, task, asked, tokenizer, recipe, n=k, temperature=recipe.temperature, seed=seed + 1,
+        on_progress=on_progress,
+    )  # fmt: skip
     firsts = sampled[::k]
     own, difference = check_sync(policy, firsts, recipe)
     drift = [float((p - q).sum()) for p, q in zip(own, log_probs(initial, firsts, recipe), strict=True)]
-    head_view = audit(
-        [p for row in prm.score(firsts, recipe) for p in row],
-        [x for r in firsts for x in r.checker_labels],
-        float(prm.head.threshold),
-    )
-    for r, probabilities in zip(greedy, prm.score(greedy, recipe), strict=True):
-        r.step_probs = probabilities
-    write_solutions(greedy, asked, solutions)
+    head_view = audit_head(prm, firsts, recipe) if prm is not None and task.exact_steps else {}
+    judge = judge_steps(greedy, task, prm, recipe)
+    write_solutions(greedy, task, asked, solutions)
     record = {
         "iteration": iteration,
         **solution_rates(greedy),
-        f"maj@{k}": majority_rate(sampled, asked, k),
-        "prm_f1": head_view["f1"],
+        f"maj@{k}": majority_rate(sampled, task, k),
+        "prm_f1": head_view.get("f1"),
         "weight_sync_max_abs_logp_diff": difference,
+        "steps_judged_by": judge,
+        "unverified": sum(not r.verified for r in (*greedy, *sampled)),
+        "truncated": sum(not r.finished for r in greedy) / len(greedy),
         "completion_length": sum(len(r.completion_ids) for r in greedy) / len(greedy),
         "kl_from_initial": sum(drift) / len(drift),
+        "steps": step_statistics(greedy),
         "prm": head_view,
     }
     return record, sum(len(r.completion_ids) for r in (*greedy, *sampled))
 
 
+def audit_head(prm: PRM, rollouts: Sequence[Rollout], recipe: Recipe) -> dict:
+    """How well the head agrees with the exact checker on `rollouts`."""
+    probabilities = [p for row in prm.score(rollouts, recipe) for p in row]
+    return audit(probabilities, [x for r in rollouts for x in r.checker_labels], float(prm.head.threshold))
+
+
+def judge_steps(rollouts: Sequence[Rollout], task: Task, prm: PRM | None, recipe: Recipe) -> str | None:
+    """Fills step_probs and step_labels of solutions to be measured; returns who judged: checker, head, or nobody."""
+    if prm is not None:
+        for r, probabilities in zip(rollouts, prm.score(rollouts, recipe), strict=True):
+            r.step_probs, r.step_labels = probabilities, prm.label(probabilities)
+    if task.exact_steps or prm is None:
+        for r in rollouts:
+            r.step_labels = list(r.checker_labels)
+    return "checker" if task.exact_steps else None if prm is None else "head"
+
+
 def solution_rates(greedy: Sequence[Rollout]) -> dict[str, float | None]:
-    """pass@1, flawed_correct (None when no answer is right) and step_accuracy of one completion a problem."""
+    """pass@1, flawed_correct (None when no right answer has judged steps) and step_accuracy of one completion a
+    problem, by its step_labels."""
     right = [r for r in greedy if r.label]
-    steps = [x for r in greedy for x in r.checker_labels]
+    judged = [r for r in right if any(x != UNLABELLED for x in r.step_labels)]
+    steps = [x for r in greedy for x in r.step_labels if x != UNLABELLED]
     return {
         "pass@1": len(right) / len(greedy),
-        "flawed_correct": sum(0 in r.checker_labels for r in right) / len(right) if right else None,
+        "flawed_correct": sum(0 in r.step_labels for r in judged) / len(judged) if judged else None,
         "step_accuracy": sum(steps) / len(steps) if steps else None,
     }
 
 
-def majority_rate(sampled: Sequence[Rollout], asked: Sequence[Asked], k: int) -> float:
-    """Share of problems whose most frequent boxed answer among k samples is right (ties: the one sampled first)."""
-    hits = 0
-    for n, a in enumerate(asked):
-        answers = [arithmetic.boxed_answer(r.completion) for r in sampled[n * k : (n + 1) * k]]
-        votes = Counter(x for x in answers if x is not None).most_common(1)
-        hits += bool(votes) and votes[0][0] == str(a.problem.answer)
-    return hits / len(asked)
+def majority_rate(sampled: Sequence[Rollout], task: Task, k: int) -> float:
+    """Share of problems whose most frequent answer among k samples is right (ties: the one sampled first)."""
+    groups = [sampled[n : n + k] for n in range(0, len(sampled), k)]
+    chosen = task.majority([[r.answer for r in group] for group in groups])
+    return sum(n is not None and group[n].label for group, n in zip(groups, chosen, strict=True)) / len(groups)
 
 
-def write_solutions(greedy: Sequence[Rollout], asked: Sequence[Asked], path: Path) -> None:
+def write_solutions(greedy: Sequence[Rollout], task: Task, asked: Sequence[Asked], path: Path) -> None:
     """Greedy solutions as a parquet table for the report and for reading."""
     rows = [
         {
-            "problem_id": r.problem_id, "prompt": r.prompt, "answer": str(a.problem.answer), "completion": r.completion,
-            "steps": r.steps, "label": r.label, "step_labels": r.checker_labels, "step_probs": r.step_probs,
+            "problem_id": r.problem_id, "prompt": r.prompt, "answer": task.answer(a.problem), "completion": r.completion,
+            "steps": r.steps, "label": r.label, "step_labels": r.step_labels, "step_probs": r.step_probs,
             "completion_tokens": len(r.completion_ids),
         }
         for r, a in zip(greedy, asked, strict=True)

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import WordLevel
+from tokenizers.models import BPE, WordLevel
+from tokenizers.trainers import BpeTrainer
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -42,6 +43,21 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>",
         clean_up_tokenization_spaces=False,
     )  # fmt: skip
+
+
+def build_byte_tokenizer(texts: Iterable[str], vocabulary: int = 1024) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`: any text is made of its tokens, and decoding is exact."""
+    tokenizer = Tokenizer(BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = BpeTrainer(
+        vocab_size=vocabulary, special_tokens=["<pad>", "<eos>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
 
 
 def build_policy(
@@ -85,9 +101,14 @@ def load_policy(path: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return model, tokenizer
 
 
+def decoder_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
+    """The states (T, D) behind the batch's trunk tokens; each has read its own token and those before it."""
+    return model.get_decoder()(**batch.model_inputs).last_hidden_state[0]
+
+
 def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
     """The states (N, D) that predict the batch's scored tokens. Prompt rows stop here, before the LM head."""
-    return model.get_decoder()(**batch.model_inputs).last_hidden_state[0].index_select(0, batch.rows)
+    return decoder_states(model, batch).index_select(0, batch.rows)
 
 
 def head(model: PreTrainedModel) -> dict:

@@ -1,99 +1,91 @@
-"""The process-reward (PRM) head: a small head on the policy that says of each step how likely it is right.
+"""The process-reward model (PRM): a trunk and a head on it that says of each step how likely it is right.
 
-Every token of a step enters as (the hidden state that predicted it, the embedding of the token that was written, its
-log-prob, the entropy of its prediction); a two-layer MLP mixes these, a learned softmax pools the step's tokens, one
-logit comes out. The state that predicted a result knows what should have been written, the embedding what was:
-together they tell. (The usual head on the last token's final state is at chance on small models, which do not look
-back at what they wrote.)
-
-The head is fitted on a labelled seed set; by default its trunk is detached, so it never moves the policy.
+`fit_prm` fits the head on labelled rollouts and calibrates it on others; by default the trunk is detached, so the head
+never moves the policy. The heads are in `prm_head`, the figures that judge a fit in `prm_metrics`.
 """
 
 import copy
-import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
-from stepkto_kernels import linear_logp_entropy
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
+from .errors import RunError
+from .objective import balance
 from .packing import PackedBatch, micro_batches, pack
-from .policy import head, hidden_states
+from .prm_head import HEADS, PRMHead
+from .prm_metrics import f1
 from .recipe import Recipe
-from .rollout import Rollout
+from .rollout import UNLABELLED, Rollout
 
 HELD_OUT = 5  # every fifth seed problem is never fitted on
 TOKENS_A_STEP = 2048  # trunk tokens of one fitting step
+CACHED_BYTES = 2**30  # of features; the steps beyond them run the trunk in every epoch
 
 
-class PRMHead(nn.Module):
-    """Features of packed tokens -> one calibrated logit a step."""
+class ScoreSettings(Protocol):
+    """What scoring reads of a recipe."""
 
-    mean: Tensor
-    std: Tensor
-    scale: Tensor
-    shift: Tensor
-    threshold: Tensor
+    @property
+    def max_tokens_per_micro_batch(self) -> int: ...
+    @property
+    def bf16(self) -> bool: ...
 
-    def __init__(self, hidden_size: int, width: int = 128):
-        super().__init__()
-        features = 2 * hidden_size + 2
-        self.register_buffer("mean", torch.zeros(features))
-        self.register_buffer("std", torch.ones(features))
-        self.mlp = nn.Sequential(nn.Linear(features, width), nn.GELU(), nn.Linear(width, width), nn.GELU())
-        self.pool = nn.Linear(width, 1)
-        self.out = nn.Linear(width, 1)
-        self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("shift", torch.zeros(()))
-        self.register_buffer("threshold", torch.tensor(0.5))
 
-    def forward(self, features: Tensor, cu_steps: Tensor) -> Tensor:
-        """features (N, 2 D + 2) fp32, cu_steps (S + 1,) int32 -> logits (S,) of "this step is right"."""
-        u_NW = self.mlp((features - self.mean) / self.std)
-        lengths_S = cu_steps.diff().long()
-        step_N = torch.repeat_interleave(torch.arange(len(lengths_S), device=features.device), lengths_S)
-        score_N = self.pool(u_NW)[:, 0]
-        top_S = score_N.new_full((len(lengths_S),), -math.inf).scatter_reduce(0, step_N, score_N.detach(), "amax")
-        e_N = (score_N - top_S[step_N]).exp()
-        share_N = e_N / e_N.new_zeros(len(lengths_S)).index_add(0, step_N, e_N)[step_N]
-        pooled_SW = u_NW.new_zeros(len(lengths_S), u_NW.shape[1]).index_add(0, step_N, share_N[:, None] * u_NW)
-        return self.scale * self.out(pooled_SW)[:, 0] + self.shift
+class PRMSettings(ScoreSettings, Protocol):
+    """What fitting reads of a recipe, or of `train_prm`'s settings. Learning rates are peaks of a linear decay."""
+
+    @property
+    def prm_trunk(self) -> str: ...
+    @property
+    def prm_pooling(self) -> str: ...
+    @property
+    def prm_class_weights(self) -> str: ...
+    @property
+    def prm_epochs(self) -> int: ...
+    @property
+    def prm_learning_rate(self) -> float: ...
+    @property
+    def prm_trunk_learning_rate(self) -> float: ...
+    @property
+    def temperature(self) -> float: ...
 
 
 @dataclass
 class PRM:
-    """A fitted head and the trunk it reads. `score` gives probabilities, `label` the 0/1 labels training uses."""
+    """A fitted head, the trunk it reads, and the temperature of the log-probs among its features.
+
+    `score` gives probabilities, `label` the 0/1 labels training uses.
+    """
 
     trunk: PreTrainedModel
     head: PRMHead
+    temperature: float
 
     @torch.no_grad()
-    def score(self, rollouts: Sequence[Rollout], recipe: Recipe) -> list[list[float]]:
+    def score(self, rollouts: Sequence[Rollout], settings: ScoreSettings) -> list[list[float]]:
         """For each rollout, the probability that each of its steps is right."""
         found: list[list[float]] = []
-        for group in micro_batches(rollouts, recipe.max_tokens_per_micro_batch):
+        for group in micro_batches(rollouts, settings.max_tokens_per_micro_batch):
             batch = pack(group).to(self.trunk.device)
-            probabilities = self.head(features(self.trunk, batch, recipe.temperature), batch.cu_steps).sigmoid()
+            probabilities = self.head(self.features(batch, settings), batch.cu_steps).sigmoid()
             found += [p.tolist() for p in probabilities.cpu().split([len(r.step_ends) for r in group])]
         return found
+
+    def features(self, batch: PackedBatch, settings: ScoreSettings) -> Tensor:
+        """What the head reads of the batch; the trunk runs in bf16 where the settings ask for it."""
+        with torch.autocast(self.trunk.device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            return self.head.read(self.trunk, batch, self.temperature)
 
     def label(self, probabilities: Sequence[float]) -> list[int]:
         """1 where the probability reaches the calibrated threshold, else 0."""
         return [int(p >= float(self.head.threshold)) for p in probabilities]
-
-
-def features(trunk: PreTrainedModel, batch: PackedBatch, temperature: float) -> Tensor:
-    """What the head reads of each scored token: (N, 2 D + 2) fp32. Log-prob and entropy carry no gradient."""
-    hidden = hidden_states(trunk, batch)
-    with torch.no_grad():
-        logp, entropy = linear_logp_entropy(hidden, target=batch.target, temperature=temperature, **head(trunk))
-    written = trunk.get_input_embeddings()(batch.target)
-    return torch.cat([hidden.float(), written.float(), logp[:, None], entropy[:, None]], dim=1)
 
 
 def seed_generations(recipe: Recipe) -> tuple[int, int]:
@@ -106,65 +98,103 @@ def seed_generations(recipe: Recipe) -> tuple[int, int]:
     return recipe.prm_seed_generations - hot, hot
 
 
+def fits(r: Rollout) -> bool:
+    """Whether the head is fitted on a seed completion: its problem is not held out."""
+    return r.problem_id % HELD_OUT != 0
+
+
 def calibrates(r: Rollout, recipe: Recipe) -> bool:
     """Whether a seed completion calibrates the head: a held-out problem, sampled as rollouts are."""
-    return r.problem_id % HELD_OUT == 0 and r.sample < seed_generations(recipe)[0]
+    return not fits(r) and r.sample < seed_generations(recipe)[0]
 
 
 def fit_prm(
     policy: PreTrainedModel,
-    seed_set: Sequence[Rollout],
-    recipe: Recipe,
+    fitting: Sequence[Rollout],
+    calibrating: Sequence[Rollout],
+    settings: PRMSettings,
     seed: int,
-    on_step: Callable[[int, int], None] = lambda step, total: None,
+    on_step: Callable[[int, int, float], None] = lambda step, total, loss: None,
+    copy_trunk: bool = True,
 ) -> PRM:
-    """A head fitted on `seed_set` (its checker_labels), calibrated on problems of it that are held out.
+    """A head fitted on the step_labels of `fitting` and calibrated on those of `calibrating`; -1 is passed over.
 
-    `recipe.prm_trunk` "trained" gives the head a copy of the policy's trunk and trains both; otherwise the policy
-    itself is read and left alone. `on_step(step, total)` reports progress.
+    `settings.prm_trunk` "trained" gives the head a copy of the policy's trunk and trains both; otherwise the policy
+    itself is read and left alone. `copy_trunk` False trains the policy's own, for callers with no further use for it.
+    `on_step(step, total, loss)` reports progress, the loss in nats a step.
+    Raises RunError where either part has no labelled step.
     """
-    train_trunk = recipe.prm_trunk == "trained"
-    trunk = copy.deepcopy(policy) if train_trunk else policy
-    fitting = [r for r in seed_set if r.problem_id % HELD_OUT]
-    calibrating = [r for r in seed_set if calibrates(r, recipe)]
-    groups = list(micro_batches(sorted(fitting, key=len), TOKENS_A_STEP))
-    batches = [(pack(g).to(policy.device), _labels(g, policy.device)) for g in groups]
-    with torch.no_grad():
-        cached = [features(trunk, batch, recipe.temperature) for batch, _ in batches]
+    fitting, calibrating = ([r for r in part if set(r.step_labels) - {UNLABELLED}] for part in (fitting, calibrating))
+    if not fitting or not calibrating:
+        raise RunError(
+            f"{len(fitting)} completions with labelled steps to fit the PRM head on, {len(calibrating)} to calibrate it: "
+            "both need some; give more labelled problems"
+        )
+    train_trunk = settings.prm_trunk == "trained"
+    trunk = copy.deepcopy(policy) if train_trunk and copy_trunk else policy
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(seed)
-        prm = PRM(trunk, PRMHead(policy.config.hidden_size).to(policy.device))
-    every = torch.cat(cached)
-    prm.head.mean.copy_(every.mean(0))
-    prm.head.std.copy_(every.std(0).clamp_min(1e-6))
-    settings = [{"params": prm.head.parameters(), "lr": recipe.prm_learning_rate, "weight_decay": 0.01}]
+        head = HEADS[settings.prm_pooling](policy.config.get_text_config().hidden_size).to(policy.device)
+    prm = PRM(trunk, head, settings.temperature)
+    batches = [pack(group) for group in micro_batches(sorted(fitting, key=len), TOKENS_A_STEP)]
+    cached = _standardise(prm, batches, settings)
     if train_trunk:
-        settings.append({"params": trunk.get_decoder().parameters(), "lr": recipe.prm_trunk_learning_rate})
-    optimizer = torch.optim.AdamW(settings)
-    total = recipe.prm_epochs * len(batches)
+        cached = {}  # its states move
+    groups = [{"params": head.parameters(), "lr": settings.prm_learning_rate, "weight_decay": 0.01}]
+    if train_trunk:
+        groups.append({"params": trunk.get_decoder().parameters(), "lr": settings.prm_trunk_learning_rate})
+    optimizer = torch.optim.AdamW(groups)
+    total = settings.prm_epochs * len(batches)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / total)
+    weights = _class_weights(fitting, settings).to(policy.device)
     order = random.Random(f"fit_prm {seed}")
-    for epoch in range(recipe.prm_epochs):
+    for epoch in range(settings.prm_epochs):
         for done, k in enumerate(order.sample(range(len(batches)), len(batches))):
-            batch, labels_S = batches[k]
-            x_NF = features(trunk, batch, recipe.temperature) if train_trunk else cached[k]
-            binary_cross_entropy_with_logits(prm.head(x_NF, batch.cu_steps), labels_S).backward()
+            batch = batches[k].to(policy.device)
+            with torch.set_grad_enabled(train_trunk):
+                x = cached[k] if k in cached else prm.features(batch, settings)
+            seen_S = batch.step_labels != UNLABELLED
+            labels = batch.step_labels[seen_S]
+            loss = binary_cross_entropy_with_logits(
+                head(x, batch.cu_steps)[seen_S], labels.float(), weight=weights[labels.long()]
+            )
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            on_step(epoch * len(batches) + done + 1, total)
-    _calibrate(prm, calibrating, recipe)
+            on_step(epoch * len(batches) + done + 1, total, float(loss.detach()))
+    _calibrate(prm, calibrating, settings)
     return prm
 
 
-def _labels(rollouts: Sequence[Rollout], device: torch.device) -> Tensor:
-    return torch.tensor([float(x) for r in rollouts for x in r.checker_labels], device=device)
+@torch.no_grad()
+def _standardise(prm: PRM, batches: Sequence[PackedBatch], settings: PRMSettings) -> dict[int, Tensor]:
+    """Sets the head's mean and std from the features of as many batches as may be kept, which are returned."""
+    cached: dict[int, Tensor] = {}
+    used = 0
+    # Batches are sorted by length: without shuffling, many data would be standardised by their short completions.
+    for k in random.Random(len(batches)).sample(range(len(batches)), len(batches)):
+        if used < CACHED_BYTES:
+            cached[k] = prm.features(batches[k].to(prm.trunk.device), settings)
+            used += cached[k].nbytes
+    every = torch.cat([cached[k] for k in sorted(cached)])
+    prm.head.mean.copy_(every.mean(0))
+    prm.head.std.copy_(every.std(0).clamp_min(1e-6))
+    return cached
 
 
-def _calibrate(prm: PRM, held_out: Sequence[Rollout], recipe: Recipe) -> None:
+def _class_weights(rollouts: Sequence[Rollout], settings: PRMSettings) -> Tensor:
+    """(2,) fp32: the weight of a wrong step's loss and of a right step's."""
+    labels = [x for r in rollouts for x in r.step_labels]
+    right, wrong = balance(labels.count(1), labels.count(0)) if settings.prm_class_weights == "balanced" else (1.0, 1.0)
+    return torch.tensor([wrong, right])
+
+
+def _calibrate(prm: PRM, held_out: Sequence[Rollout], settings: ScoreSettings) -> None:
     """Platt scaling of the logits, then the threshold with the best F1 at finding wrong steps."""
-    probabilities = torch.tensor([p for row in prm.score(held_out, recipe) for p in row], dtype=torch.float64)
-    truth = _labels(held_out, torch.device("cpu")).double()
+    scored = zip(prm.score(held_out, settings), held_out, strict=True)
+    pairs = [pair for row, r in scored for pair in zip(row, r.step_labels, strict=True) if pair[1] != UNLABELLED]
+    probabilities, truth = torch.tensor(pairs, dtype=torch.float64).T
     logits = probabilities.clamp(1e-7, 1 - 1e-7).logit()
     line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([line], max_iter=50, line_search_fn="strong_wolfe")
@@ -184,52 +214,7 @@ def _calibrate(prm: PRM, held_out: Sequence[Rollout], recipe: Recipe) -> None:
     prm.head.shift.copy_(line[1].detach())
     calibrated = (line[0] * logits + line[1]).sigmoid().detach().numpy()
     candidates = np.unique(np.quantile(calibrated, np.linspace(0, 1, 401)))
-    scores = [_f1(calibrated < t, truth.numpy() == 0) for t in candidates]
+    scores = [f1(calibrated < t, truth.numpy() == 0) for t in candidates]
     best = int(np.argmax(scores))
     # Halfway to the next candidate below, so that the boundary does not sit on a sample.
     prm.head.threshold.fill_(float((candidates[best] + candidates[max(best - 1, 0)]) / 2))
-
-
-def _f1(found: np.ndarray, wanted: np.ndarray) -> float:
-    hits = float((found & wanted).sum())
-    return 2 * hits / max(float(found.sum() + wanted.sum()), 1.0)
-
-
-def audit(probabilities: Sequence[float], labels: Sequence[int], threshold: float) -> dict:
-    """How well probabilities of "right" agree with exact labels; "wrong" is the class to find.
-
-    F1, precision and recall at `threshold`, AUROC, expected calibration error over ten equal bins, and the bins. A
-    figure that is not defined (no wrong step, say) is None.
-    """
-    p, right = np.asarray(probabilities, dtype=np.float64), np.asarray(labels) == 1
-    found, wrong = p < threshold, ~right
-    hits = int((found & wrong).sum())
-    place = np.clip((p * 10).astype(int), 0, 9)
-    bins = [
-        {
-            "probability": float(p[place == k].mean()),
-            "correct": float(right[place == k].mean()),
-            "count": int((place == k).sum()),
-        }
-        for k in range(10)
-        if (place == k).any()
-    ]
-    return {
-        "f1": _f1(found, wrong) if wrong.any() else None,
-        "precision": hits / int(found.sum()) if found.any() else None,
-        "recall": hits / int(wrong.sum()) if wrong.any() else None,
-        "auroc": _auroc(p, right),
-        "ece": sum(b["count"] * abs(b["probability"] - b["correct"]) for b in bins) / len(p) if len(p) else None,
-        "threshold": threshold,
-        "bins": bins,
-    }
-
-
-def _auroc(p: np.ndarray, right: np.ndarray) -> float | None:
-    """The chance that a right step scores above a wrong one, ties counting half (Mann-Whitney)."""
-    n_right, n_wrong = int(right.sum()), int((~right).sum())
-    if not n_right or not n_wrong:
-        return None
-    _, inverse, counts = np.unique(p, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((ranks[right].sum() - n_right * (n_right + 1) / 2) / (n_right * n_wrong))

@@ -8,13 +8,15 @@ import argparse
 import difflib
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import yaml
 from transformers import HfArgumentParser
 
 from .atomic import replacing
 from .errors import RunError
+
+Settings = TypeVar("Settings", bound=Any)
 
 
 def setting(default, help: str):
@@ -32,14 +34,26 @@ class Recipe:
     seed: int = setting(0, "seed of everything: problems, model, sampling, order")
 
     # problems
-    task: Literal["arithmetic"] = setting("arithmetic", "what the problems are and who checks them")
+    task: Literal["arithmetic", "math"] = setting("arithmetic", "what the problems are and who checks them")
     level: Literal["chain", "nested", "words"] = setting("chain", "style of the generated problems")
     min_operations: int = setting(4, "fewest operations of a generated problem")
     max_operations: int = setting(6, "most operations of a generated problem")
-    train_file: str | None = setting(None, "JSONL file of training problems instead of generated ones")
-    test_file: str | None = setting(None, "JSONL file of held-out problems instead of generated ones")
-    num_prompts: int = setting(500, "training problems of each iteration: fresh ones, or drawn anew from train_file")
-    num_test_problems: int = setting(500, "held-out problems of every evaluation")
+    train_dataset: str | None = setting(
+        None,
+        "training problems: a file, or for task math a dataset's name (docs/tasks.md); none: arithmetic generates "
+        "them, math takes its sample",
+    )
+    test_dataset: str | None = setting(None, "held-out problems, in the same way")
+    train_split: str | None = setting(None, "split of train_dataset; none: the one that the dataset is known for")
+    test_split: str | None = setting(None, "split of test_dataset, in the same way")
+    question_column: str | None = setting(None, "column of the question (task math); none: as the dataset is known")
+    answer_column: str | None = setting(None, "column of the gold answer (task math); none: as the dataset is known")
+    num_prompts: int = setting(500, "training problems of each iteration: fresh ones, or drawn anew from train_dataset")
+    num_test_problems: int = setting(500, "held-out problems of every evaluation; of test_dataset, at most so many")
+    system_prompt: str | None = setting(None, "system message (task math), where the model has a chat template")
+    instruction: str | None = setting(None, "text behind each question (task math); none: asks for numbered steps")
+    answer_workers: int = setting(2, "processes that compare answers (task math)")
+    answer_timeout: float = setting(5.0, "seconds after which an answer counts as unverified (task math)")
 
     # policy
     model: str | None = setting(None, "model to train: a save_pretrained directory or a hub name; none: build M_0 here")
@@ -66,15 +80,48 @@ class Recipe:
     )
     vllm_memory: float = setting(0.3, "share of the GPU's memory for vLLM")
 
-    # step labels
-    label_source: Literal["head", "checker"] = setting("head", "who labels the steps of rollouts")
+    # steps and their labels
+    step_style: Literal["lines", "step", "heading", "blank_line", "numbered", "shepherd", "regex", "auto"] = setting(
+        "lines", "how completions are cut into steps (docs/evaluation.md)"
+    )
+    step_pattern: str | None = setting(None, "regular expression of what separates steps (step_style: regex)")
+    label_source: Literal["head", "monte_carlo", "consensus", "dataset", "checker"] = setting(
+        "head",
+        "who labels the steps of rollouts: the PRM head, continuations from each step, both where they agree, nobody "
+        "(offline: labelled_dataset takes the place of rollouts), or the task's exact checker",
+    )
+    labelled_dataset: str | None = setting(None, "labelled completions to train on offline (label_source: dataset)")
+    labelled_format: Literal["auto", "stepwise", "unpaired", "prm800k", "math_shepherd", "processbench"] = setting(
+        "auto", "format of labelled_dataset and prm_dataset (docs/data.md)"
+    )
+    labelled_split: str | None = setting(None, "split of labelled_dataset and prm_dataset")
+    labelled_neutral: Literal["correct", "incorrect", "unlabelled"] = setting(
+        "correct", "what PRM800K's rating 0 means"
+    )
+    mc_continuations: int = setting(8, "continuations from each step's end (label_source: monte_carlo, consensus)")
+    mc_labels: Literal["hard", "soft"] = setting(
+        "hard", "hard: a step is right when any continuation is; soft: when a share of mc_threshold is"
+    )
+    mc_threshold: float = setting(0.5, "share of right continuations from which a step is right (mc_labels: soft)")
+    mc_temperature: float = setting(1.0, "temperature of the continuations")
+
+    # PRM head
+    prm: str | None = setting(None, "directory of a PRM head that train_prm wrote, instead of fitting one here")
+    prm_dataset: str | None = setting(None, "step-labelled dataset that the head is fitted on, instead of a seed set")
+    prm_labels: Literal["checker", "monte_carlo"] = setting("checker", "who labels the steps of the head's seed set")
+    prm_pooling: Literal["attention", "last"] = setting(
+        "attention", "attention: over the step's tokens; last: a linear layer on its last token's hidden state"
+    )
+    prm_class_weights: Literal["balanced", "none"] = setting(
+        "none", "balanced: right and wrong steps weigh the same in the head's loss"
+    )
     prm_trunk: Literal["policy", "initial", "trained"] = setting(
         "initial",
         "whose hidden states the PRM head reads: the current policy's (detached, refitted each iteration), M_0's "
         "(frozen, fitted once), or a copy of the policy's that the head's gradient trains (refitted each iteration)",
     )
     prm_seed_problems: int = setting(400, "labelled seed problems that the PRM head is fitted on")
-    prm_seed_generations: int = setting(6, "M_0's completions for each seed problem, labelled by the checker")
+    prm_seed_generations: int = setting(6, "M_0's completions for each seed problem")
     prm_seed_temperature: float = setting(1.5, "temperature of half of them, for mistakes that M_0 seldom makes")
     prm_epochs: int = setting(16, "passes over the seed set for each fit")
     prm_learning_rate: float = setting(2e-3, "peak learning rate of the head")
@@ -101,6 +148,9 @@ class Recipe:
     filter_eps: float | None = setting(None, "share of a token's gradient mass that may be dropped; none: auto")
 
     # update
+    lora_rank: int = setting(0, "rank of LoRA adapters, merged after each iteration; 0: all weights are trained")
+    lora_alpha: int = setting(32, "LoRA's scale: adapters count lora_alpha / lora_rank")
+    lora_target: str = setting("all-linear", "modules with adapters: a regular expression or all-linear")
     iterations: int = setting(3, "iterations M_0 -> M_1 -> ...")
     num_train_epochs: int = setting(1, "passes over an iteration's rollouts")
     train_batch_size: int = setting(64, "completions an optimizer step")
@@ -127,23 +177,43 @@ class Recipe:
             "num_prompts num_test_problems num_generations num_eval_generations max_completion_length iterations "
             "num_train_epochs train_batch_size max_tokens_per_micro_batch save_steps logging_steps prm_epochs "
             "prm_seed_generations hidden_size num_layers num_heads min_operations warm_start_steps "
-            "warm_start_batch_size"
+            "warm_start_batch_size answer_workers mc_continuations lora_alpha"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
         if self.prm_seed_problems < 10:
             raise RunError(f"prm_seed_problems is {self.prm_seed_problems}: calibration needs at least 10")
-        for key in ("temperature", "prm_seed_temperature", "learning_rate", "beta", "step_beta"):
+        for key in (
+            "temperature",
+            "prm_seed_temperature",
+            "learning_rate",
+            "beta",
+            "step_beta",
+            "answer_timeout",
+            "mc_temperature",
+        ):
             if not getattr(self, key) > 0:
                 raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
-        for key in ("misconceptions", "misconception_rate", "slip_rate"):
+        for key in ("misconceptions", "misconception_rate", "slip_rate", "mc_threshold"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
         if self.hidden_size % (2 * self.num_heads):
             raise RunError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads ({self.num_heads})")
         if self.max_operations < self.min_operations:
             raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
+        if self.lora_rank < 0:
+            raise RunError(f"lora_rank is {self.lora_rank}: give 0 to train all weights, or the adapters' rank")
+        if (self.step_style == "regex") != (self.step_pattern is not None):
+            raise RunError(
+                f"step_style is {self.step_style!r} and step_pattern {self.step_pattern!r}: the style regex takes a "
+                "pattern, the others take none"
+            )
+        if (self.label_source == "dataset") != (self.labelled_dataset is not None):
+            raise RunError(
+                f"label_source is {self.label_source!r} and labelled_dataset {self.labelled_dataset!r}: offline "
+                "training takes both, label_source dataset and the dataset"
+            )
         if self.loss_type == "apo_zero_unpaired" and self.reference_points != "zero":
             raise RunError("loss_type apo_zero_unpaired has no reference point: set reference_points to zero")
         if self.reference_points == "mismatched" and self.train_batch_size <= self.num_generations:
@@ -154,32 +224,34 @@ class Recipe:
 
 
 def parse_recipe(argv: list[str]) -> Recipe:
-    """`[recipe.yaml] [--key value ...]`, the command line over the file over the defaults.
+    """The recipe of `python -m stepkto_fast.train [recipe.yaml] [--key value ...]`; as `parse_settings`."""
+    return parse_settings(Recipe, argv, "stepkto_fast.train")
 
-    Raises RunError naming the file and key of anything unknown; prints usage and exits for `--help`.
+
+def parse_settings(kind: type[Settings], argv: list[str], module: str) -> Settings:
+    """The dataclass `kind` from `[file.yaml] [--key value ...]`, the command line over the file over the defaults.
+
+    Raises RunError naming the file and key of anything unknown; prints usage and exits for `--help`. `module` is what
+    `python -m` was given.
     """
+    known = [f.name for f in fields(kind)]
     file_arguments: list[str] = []
     if argv and not argv[0].startswith("-"):
-        file_arguments, argv = _read_yaml(Path(argv[0])), argv[1:]
-    known = {f.name for f in fields(Recipe)}
+        file_arguments, argv = _read_yaml(Path(argv[0]), known), argv[1:]
     for word in argv:
-        if word.startswith("--") and (key := word[2:].split("=")[0].replace("-", "_")) not in {
-            *known,
-            "help",
-        }:
-            if key.startswith("no_") and key[3:] in known:
-                continue
-            raise RunError(f"unknown option --{key}{_suggestion(key)}")
-    usage = "%(prog)s [recipe.yaml] [--key value ...]"
-    parser = HfArgumentParser(Recipe, prog="python -m stepkto_fast.train", usage=usage, exit_on_error=False)
+        key = word[2:].split("=")[0].replace("-", "_")
+        if word.startswith("--") and key not in {*known, *(f"no_{name}" for name in known), "help"}:
+            raise RunError(f"unknown option --{key}{_suggestion(key, known)}")
+    usage = "%(prog)s [file.yaml] [--key value ...]"
+    parser = HfArgumentParser(kind, prog=f"python -m {module}", usage=usage, exit_on_error=False)
     try:
-        (recipe,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
+        (settings,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
     except (argparse.ArgumentError, ValueError) as error:
         raise RunError(f"{error}") from error
-    return recipe
+    return settings
 
 
-def _read_yaml(path: Path) -> list[str]:
+def _read_yaml(path: Path, known: list[str]) -> list[str]:
     """The settings of a recipe file as command-line words, so that both go through one parser."""
     if not path.is_file():
         raise RunError(f"recipe file {str(path)!r} does not exist")
@@ -191,8 +263,8 @@ def _read_yaml(path: Path) -> list[str]:
         raise RunError(f"recipe file {path} holds a {type(content).__name__}: write one 'key: value' a line")
     words: list[str] = []
     for key, value in content.items():
-        if key not in {f.name for f in fields(Recipe)}:
-            raise RunError(f"{path}: unknown key {key!r}{_suggestion(str(key))}")
+        if key not in known:
+            raise RunError(f"{path}: unknown key {key!r}{_suggestion(str(key), known)}")
         if isinstance(value, (dict, list)):
             raise RunError(f"{path}: key {key!r} holds a {type(value).__name__}, expected one value")
         if value is not None:
@@ -200,8 +272,8 @@ def _read_yaml(path: Path) -> list[str]:
     return words
 
 
-def _suggestion(key: str) -> str:
-    close = difflib.get_close_matches(key, [f.name for f in fields(Recipe)], n=1)
+def _suggestion(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else "; --help lists the keys"
 
 

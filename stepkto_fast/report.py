@@ -40,7 +40,37 @@ SHOWN_ALONE = {
     ("wrong", "wrong"): ("Wrong answer", 3),
     ("clean", "clean"): ("Every step right", 2),
 }
+# The same where nobody judged steps.
+UNJUDGED_PAIRS = {
+    ("wrong", "clean"): ("Fixed: wrong before, right now", 3),
+    ("wrong", "wrong"): ("Still wrong", 2),
+    ("clean", "wrong"): ("Unlearned: right before, wrong now", 2),
+    ("clean", "clean"): ("Right both times", 1),
+}
+UNJUDGED_ALONE = {("wrong", "wrong"): ("Wrong answer", 4), ("clean", "clean"): ("Right answer", 4)}
 SHOWN = 8
+
+# Who judged the steps (summary.json's steps_judged_by) -> its name, and what it is.
+JUDGES = {
+    "checker": (
+        "the exact checker",
+        "the exact checker, a program that does the arithmetic, finds right. It judges each step by itself: one that "
+        "goes on correctly from an earlier mistake is right.",
+    ),
+    "head": (
+        "the process-reward head",
+        "the process-reward head finds right. It is a learned judge and can be wrong: the task has no exact checker "
+        "of steps.",
+    ),
+}
+# Key in summary.json's `steps` -> title in the table of steps.
+STEP_COLUMNS = {
+    "steps_mean": "Steps a solution, mean",
+    "steps_median": "median",
+    "steps_max": "most",
+    "step_tokens_mean": "Tokens a step, mean",
+    "step_tokens_p95": "95th percentile",
+}
 
 # Key in summary.json -> title in the table of the PRM head.
 HEAD_COLUMNS = {
@@ -59,15 +89,19 @@ PHASES = {
     "prm": "fitting the head, judging steps",
     "evaluation": "evaluating on held-out problems",
     "rollout": "sampling solutions to train on",
+    "monte_carlo": "continuing solutions from their steps",
     "reference": "log-probabilities of the reference",
     "update": "training",
 }
 SPEEDS = {"rollout": "sampled", "train": "trained on"}
 COUNTS = {
-    "skipped_rows": "Unreadable rows of problem files",
-    "skipped_test_prompts": "Held-out problems too long for the model",
-    "skipped_train_prompts": "Training problems too long for the model",
+    "skipped_rows": "Unusable rows of data files",
+    "skipped_held-out_prompts": "Held-out problems left out: prompt too long or not readable for the model",
+    "skipped_training_prompts": "Training problems left out for that",
+    "skipped_seed_prompts": "Problems to fit the head on left out for that",
+    "skipped_prm_rows": "Unusable rows of the head's dataset",
     "rollouts_without_steps": "Sampled solutions without text",
+    "unverified_rollouts": "Sampled solutions whose answers could not be compared",
 }
 
 
@@ -125,13 +159,16 @@ def _moved(name: str, first: float | None, last: float | None) -> str | None:
     return f"{name} {verb} from {percent(first, digits)} to {percent(last, digits)}"
 
 
-def headline(passed: Sequence[float | None], flawed: Sequence[float | None]) -> str:
-    """The result in one sentence, from Pass@1 and flawed_correct by iteration; undefined rates are left out."""
+def headline(passed: Sequence[float | None], flawed: Sequence[float | None], told: Sequence[float | None] = ()) -> str:
+    """The result in one sentence, from Pass@1 and flawed_correct by iteration, or from what offline training has
+    instead, the AUROC of held-out log-ratios; undefined rates are left out."""
     if len(passed) > 1:
         said = [
             _moved("Pass@1", passed[0], passed[-1]),
             _moved("right answers with a wrong step", flawed[0], flawed[-1]),
         ]
+        if told and told[0] is not None:
+            said.append(_moved("held-out completions told right from wrong", told[0], told[-1]))
     else:
         said = [
             None if passed[0] is None else f"{figures.model(0)} solves {percent(passed[0])} of the held-out problems",
@@ -153,7 +190,10 @@ def choose_samples(solutions: dict[int, list[Solution]]) -> list[Sample]:
     """At most SHOWN problems, by kind of change and in file order: no hand and no chance is in the choice."""
     first, last = min(solutions), max(solutions)
     pairs = list(zip(solutions[first], solutions[last], strict=True))
-    kinds = SHOWN_PAIRS if first != last else SHOWN_ALONE
+    if any(right is not None for rows in solutions.values() for s in rows for right in s.step_right):
+        kinds = SHOWN_PAIRS if first != last else SHOWN_ALONE
+    else:
+        kinds = UNJUDGED_PAIRS if first != last else UNJUDGED_ALONE
     rows: dict[tuple[str, str], list[int]] = {kind: [] for kind in kinds}
     for row, (before, after) in enumerate(pairs):
         rows[before.state, after.state].append(row)
@@ -189,6 +229,12 @@ def _rates(run: Run, problems: float | None, majority: int | None) -> list[dict[
     ]
     if majority is not None:
         wanted.insert(1, (f"Maj@{majority}", f"maj@{majority}", True, counted))
+    offline: list[tuple[str, str, bool, list[float | None] | None]] = [
+        ("Completions told apart", "auroc", True, None),
+        ("Steps told apart", "step_auroc", True, None),
+    ]
+    if any(value is not None for _, key, *_ in offline for value in run.rates(key)):
+        wanted = offline
     rates = []
     for title, key, more_is_better, trials in wanted:
         values = run.rates(key)
@@ -299,6 +345,28 @@ def _drift(run: Run) -> list[dict[str, Any]]:
     ]
 
 
+def _steps(run: Run) -> list[dict[str, Any]]:
+    """How long solutions and their steps are, model by model."""
+    rows = []
+    for index, record in enumerate(run.iterations):
+        where = f"{run.summary_path}, iterations[{index}]"
+        steps = mapping(record, "steps", where)
+        columns = {key: number(steps, key, f"{where}, steps") for key in STEP_COLUMNS}
+        single = number(steps, "single_step_share", f"{where}, steps")
+        truncated, unverified = (number(record, key, where) for key in ("truncated", "unverified"))
+        if any(value is not None for value in columns.values()):
+            rows.append(
+                {
+                    "name": figures.model(record["iteration"]),
+                    "columns": columns,
+                    "single": single,
+                    "truncated": truncated,
+                    "unverified": unverified,
+                }
+            )
+    return rows
+
+
 def _phases(run: Run) -> list[dict[str, Any]]:
     where = f"{run.summary_path}, phase_seconds"
     recorded = mapping(run.summary, "phase_seconds", str(run.summary_path))
@@ -322,6 +390,10 @@ def _context(run: Run) -> dict[str, Any]:
         for record in run.iterations
     }
     passed = run.rates("pass@1")
+    # A run directory from before judges had names was judged by the checker.
+    judge = run.iterations[-1].get("steps_judged_by", "checker")
+    if judge is not None and judge not in JUDGES:
+        raise RunError(f"{where}: 'steps_judged_by' is {judge!r}; write one of {', '.join(JUDGES)}, or null")
     problems = number(run.summary, "held_out_problems", where)
     majority = _majority(run)
     rates = _rates(run, problems, majority)
@@ -332,7 +404,13 @@ def _context(run: Run) -> dict[str, Any]:
         "facts": {key: number(run.summary, key, where) for key in ("seconds", "model_parameters", "seed")},
         "problems": problems,
         "interval": interval,
-        "headline": headline(passed, run.rates("flawed_correct")),
+        "headline": headline(passed, run.rates("flawed_correct"), run.rates("auroc")),
+        "offline": run.summary.get("label_source") == "dataset",
+        "judge": judge,
+        "judge_text": None if judge is None else JUDGES[judge],
+        "steps": _steps(run),
+        "step_columns": STEP_COLUMNS,
+        "held_out_completions": number(run.summary, "held_out_completions", where),
         "names": [figures.model(record["iteration"]) for record in run.iterations],
         "majority": majority,
         "rates": rates,

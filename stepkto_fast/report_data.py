@@ -29,7 +29,7 @@ SOLUTION = pa.schema(
 
 @dataclass(frozen=True)
 class Solution:
-    """One greedy completion of a held-out problem with the exact checker's verdicts.
+    """One greedy completion of a held-out problem with verdicts on its steps; None where nobody judged a step.
 
     `probabilities` holds the PRM head's probability, in [0, 1], that each step is right; None where it did not score.
     """
@@ -39,15 +39,15 @@ class Solution:
     answer: str
     steps: tuple[str, ...]
     right: bool
-    step_right: tuple[bool, ...]
+    step_right: tuple[bool | None, ...]
     probabilities: tuple[float | None, ...]
 
     @property
     def state(self) -> str:
-        """`clean` (right, every step right), `flawed` (right, with a wrong step) or `wrong` (wrong answer)."""
+        """`clean` (right, no step found wrong), `flawed` (right, with a wrong step) or `wrong` (wrong answer)."""
         if not self.right:
             return "wrong"
-        return "clean" if all(self.step_right) else "flawed"
+        return "flawed" if False in self.step_right else "clean"
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,6 @@ def _solution(record: dict[str, Any], where: str) -> Solution:
         answer=record["answer"] or "",
         steps=tuple(step or "" for step in steps),
         right=bool(record["label"]),
-        step_right=tuple(label == 1 for label in labels),
+        step_right=tuple(None if label is None or label < 0 else label == 1 for label in labels),
         probabilities=tuple(p if p is not None and math.isfinite(p) else None for p in probabilities),
     )

@@ -22,7 +22,11 @@ class Rollout:
 
     step_ends: token counts at which the steps end (a partition of completion_ids).
     label: outcome. step_labels: what training sees (1, 0, -1 unlabelled); checker_labels: what the exact checker
-    says, for audits only (unless it is the label source). step_probs: the PRM head's probability of "right".
+    says (-1 where the task has none), for audits only (unless it is the label source). step_probs: the PRM head's
+    probability of "right".
+    step_values: the share of right ones among continuations from the end of each step (empty where none were sampled).
+    answer: the final answer as found in the completion. verified: whether the outcome is known; an answer that could
+    not be compared has label False and verified False.
     logps: the sampler's log-probs of the tokens, ref_logps: the trainer's, of the reference, in nats.
     """
 
@@ -41,6 +45,9 @@ class Rollout:
     step_probs: list[float] = field(default_factory=list)
     checker_labels: list[int] = field(default_factory=list)
     ref_logps: list[float] = field(default_factory=list)
+    step_values: list[float] = field(default_factory=list)
+    verified: bool = True
+    answer: str | None = None
 
     def __len__(self) -> int:
         """Tokens that go through the trunk: prompt and completion."""
@@ -54,6 +61,7 @@ _SCHEMA = pa.schema(
         "completion": pa.string(), "completion_ids": _INTS, "logps": _FLOATS, "finished": pa.bool_(),
         "steps": _TEXTS, "step_ends": _INTS, "label": pa.bool_(), "step_labels": pa.list_(pa.int8()),
         "step_probs": _FLOATS, "checker_labels": pa.list_(pa.int8()), "ref_logps": _FLOATS,
+        "step_values": _FLOATS, "verified": pa.bool_(), "answer": pa.string(),
     }
 )  # fmt: skip
 assert _SCHEMA.names == [f.name for f in fields(Rollout)]

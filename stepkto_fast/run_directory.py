@@ -27,6 +27,7 @@ from .errors import RunError
 from .objective import LaggedPoints
 from .policy import load_policy
 from .prm import PRM
+from .prm_files import save_prm
 from .recipe import Recipe, write_recipe
 
 # What may change when a run is resumed: what does not touch the result, and what a failed run may have to lower.
@@ -129,7 +130,7 @@ class RunDirectory:
         """Writes a checkpoint in the middle of an update, then drops the one before it."""
 
         def write(folder: Path) -> None:
-            save_file(_own_memory(model.state_dict()), folder / "model.safetensors")
+            save_file(_own_memory(_trained(model)), folder / "model.safetensors")
             save_file(_flatten(optimizer), folder / "optimizer.safetensors")
             _write_progress(progress, folder)
 
@@ -141,7 +142,10 @@ class RunDirectory:
         """Loads the weights of the checkpoint that `save_step` wrote at `progress`; returns the optimizer's tensors."""
         folder = self._step_folder(progress)
         try:
-            model.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
+            saved = load_file(folder / "model.safetensors")
+            if set(saved) != set(_trained(model)):
+                raise ValueError("it holds other tensors than the model trains")
+            model.load_state_dict(saved, strict=False)
             return load_file(folder / "optimizer.safetensors")
         except (OSError, RuntimeError, ValueError, SafetensorError) as error:
             raise RunError(
@@ -183,15 +187,13 @@ class RunDirectory:
 
     # ---- results ----
 
-    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prm: PRM) -> None:
-        """Writes model/: the final policy for transformers and vLLM, with the PRM head beside it."""
+    def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prm: PRM | None) -> None:
+        """Writes model/: the final policy for transformers and vLLM, with the PRM head, if any, beside it."""
 
         def write(folder: Path) -> None:
             save_pretrained(model, tokenizer, folder)
-            tensors = {f"head.{k}": v for k, v in prm.head.state_dict().items()}
-            if prm.trunk is not model:
-                tensors |= {f"trunk.{k}": v for k, v in prm.trunk.get_decoder().state_dict().items()}
-            save_file(_own_memory(tensors), folder / "prm_head.safetensors")
+            if prm is not None:
+                save_prm(prm, folder, tokenizer, beside=model)
 
         self._write_folder(self.path / "model", write)
 
@@ -213,6 +215,12 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch
         index, name = key.split(".")
         state.setdefault(int(index), {})[name] = tensor
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The state without frozen parameters: those are in the checkpoint that the iteration began with."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:

@@ -31,7 +31,8 @@ def no_progress(done: int, total: int) -> None:
 
 class Sampler(Protocol):
     """What an engine offers. `sync` takes the policy's current weights; `sample` returns n samples a prompt, the same
-    ones for the same weights, prompts and seed. temperature 0 is greedy. `on_progress(done, total)` counts samples."""
+    ones for the same weights, prompts, limits and seed. temperature 0 is greedy. `max_tokens` limits the completions:
+    one number for all prompts, or one a prompt. `on_progress(done, total)` counts samples."""
 
     name: str
 
@@ -43,10 +44,20 @@ class Sampler(Protocol):
         *,
         n: int,
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]: ...
+
+
+def token_limits(max_tokens: int | Sequence[int], prompts: int) -> list[int]:
+    """The longest completion of each of `prompts` prompts; ValueError where they are not as many, or one is below 1."""
+    limits = [max_tokens] * prompts if isinstance(max_tokens, int) else list(max_tokens)
+    if len(limits) != prompts:
+        raise ValueError(f"max_tokens has {len(limits)} entries for {prompts} prompts: give one a prompt")
+    if limits and min(limits) < 1:
+        raise ValueError(f"max_tokens[{limits.index(min(limits))}] is {min(limits)}: give at least 1")
+    return limits
 
 
 def require_engine(recipe: Recipe) -> str:
@@ -73,7 +84,12 @@ def open_sampler(
         with _output_to(log):
             from .sampler_vllm import VLLMSampler
 
-            return VLLMSampler(recipe, directory, context_length(recipe, model), tokenizer.eos_token_id)
+            return VLLMSampler(
+                recipe, directory, context_length(recipe, model), tokenizer.eos_token_id,
+                # Only the continuations of Monte-Carlo labels start from long text that others have, too.
+                prefix_caching=recipe.label_source in ("monte_carlo", "consensus")
+                or recipe.prm_labels == "monte_carlo",
+            )  # fmt: skip
     except (ImportError, RuntimeError, ValueError) as error:
         raise RunError(
             f"vLLM could not start ({error}); {log} says more. --engine transformers does without it"

@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from .attention import NAME
-from .sampler import Sample, no_progress
+from .sampler import Sample, no_progress, token_limits
 
 BATCH = 512  # rows generated together
 
@@ -31,11 +31,14 @@ class TransformersSampler:
         *,
         n: int,
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]:
-        rows = [prompt for prompt in prompts for _ in range(n)]
+        limits = token_limits(max_tokens, len(prompts))
+        # Rows that may be equally long go together; where all may, they stay in order.
+        order = sorted(range(len(prompts)), key=lambda k: limits[k])
+        rows = [(prompts[k], limits[k]) for k in order for _ in range(n)]
         samples: list[Sample] = []
         own_defaults = self._model.generation_config
         # A model's own defaults (a repetition penalty, say) would change the distribution that is sampled from.
@@ -45,17 +48,19 @@ class TransformersSampler:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(seed)
                 for start in range(0, len(rows), BATCH):
-                    samples += self._generate(rows[start : start + BATCH], temperature, max_tokens)
+                    samples += self._generate(rows[start : start + BATCH], temperature)
                     on_progress(len(samples), len(rows))
         finally:
             self._model.set_attn_implementation(NAME)
             self._model.generation_config = own_defaults
-        return [samples[k : k + n] for k in range(0, len(samples), n)]
+        drawn = {k: samples[place * n : (place + 1) * n] for place, k in enumerate(order)}
+        return [drawn[k] for k in range(len(prompts))]
 
-    def _generate(self, rows: list[list[int]], temperature: float, max_tokens: int) -> list[Sample]:
-        width = max(len(row) for row in rows)
-        ids = torch.tensor([[self._pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    def _generate(self, rows: list[tuple[list[int], int]], temperature: float) -> list[Sample]:
+        """One sample of each (prompt, limit): all go on to the largest limit and are cut at their own."""
+        width = max(len(prompt) for prompt, _ in rows)
+        ids = torch.tensor([[self._pad] * (width - len(prompt)) + prompt for prompt, _ in rows])
+        mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt, _ in rows])
         sampling = (
             {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
             if temperature
@@ -63,7 +68,7 @@ class TransformersSampler:
         )
         output = self._model.generate(
             input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device),
-            max_new_tokens=max_tokens, eos_token_id=self._eos, pad_token_id=self._pad,
+            max_new_tokens=max(limit for _, limit in rows), eos_token_id=self._eos, pad_token_id=self._pad,
             return_dict_in_generate=True, output_scores=bool(temperature), **sampling,
         )  # fmt: skip
         tokens = output.sequences[:, width:].cpu()
@@ -72,7 +77,8 @@ class TransformersSampler:
             scores = torch.stack(output.scores, dim=1).float().log_softmax(-1)
             logps = scores.gather(-1, output.sequences[:, width:, None])[..., 0].cpu()
         samples = []
-        for k, row in enumerate(tokens.tolist()):
+        for k, (row, (_, limit)) in enumerate(zip(tokens.tolist(), rows, strict=True)):
+            row = row[:limit]
             length = row.index(self._eos) + 1 if self._eos in row else len(row)
             samples.append(
                 Sample(

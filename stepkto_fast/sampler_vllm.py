@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from .recipe import Recipe
-from .sampler import Sample, no_progress
+from .sampler import Sample, no_progress, token_limits
 
 # Read when vllm is imported: one process (so that weights can be handed over), no network, no chatter.
 for _name, _value in {
@@ -45,10 +45,15 @@ class VLLMSampler:
 
     name = "vllm"
 
-    def __init__(self, recipe: Recipe, directory: Path, context_length: int, eos_token_id: int):
-        """Starts the engine on the model in `directory` (any weights: `sync` brings the real ones)."""
+    def __init__(
+        self, recipe: Recipe, directory: Path, context_length: int, eos_token_id: int, *, prefix_caching: bool = False
+    ):
+        """Starts the engine on the model in `directory` (any weights: `sync` brings the real ones).
+
+        `prefix_caching` lets the prompts of one `sample` call share the work on what they begin with.
+        """
         threads = torch.get_num_threads()
-        self._eos = eos_token_id
+        self._eos, self._prefix_caching = eos_token_id, prefix_caching
         self._llm = vllm.LLM(
             model=str(directory),
             max_model_len=context_length,
@@ -58,7 +63,9 @@ class VLLMSampler:
             skip_tokenizer_init=True,
             trust_remote_code=False,
             enforce_eager=True,
-            enable_prefix_caching=False,  # with it, a sample's last bits would depend on what was sampled before
+            enable_prefix_caching=prefix_caching,
+            # On a CPU vLLM caches blocks of 128 tokens if not told otherwise: longer than most prompts and steps.
+            block_size=32 if prefix_caching and not torch.cuda.is_available() else None,
             logprobs_mode="processed_logprobs",
             gpu_memory_utilization=recipe.vllm_memory,
             disable_log_stats=True,
@@ -78,14 +85,20 @@ class VLLMSampler:
         *,
         n: int,
         temperature: float,
-        max_tokens: int,
+        max_tokens: int | Sequence[int],
         seed: int,
         on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]:
-        parameters = vllm.SamplingParams(
-            n=n, temperature=temperature, max_tokens=max_tokens, detokenize=False,
-            stop_token_ids=[self._eos], logprobs=None if temperature == 0 else 0,
-        )  # fmt: skip
+        parameters = [
+            vllm.SamplingParams(
+                n=n, temperature=temperature, max_tokens=limit, detokenize=False,
+                stop_token_ids=[self._eos], logprobs=None if temperature == 0 else 0,
+            )
+            for limit in token_limits(max_tokens, len(prompts))
+        ]  # fmt: skip
+        # A sample's last bits must not depend on what earlier calls left in the cache.
+        if self._prefix_caching and not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: it takes requests to be still running")
         # In one process vLLM draws from torch's global generator; a generator for each request would be far slower.
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(seed)

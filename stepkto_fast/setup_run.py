@@ -1,22 +1,23 @@
 """What a run starts from: problems, the policy M_0, the sampler, and its progress, fresh or from a checkpoint."""
 
-import random
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from .adapters import require_adapters
 from .collect import Asked, ask
 from .errors import RunError
-from .policy import build_policy, build_tokenizer, load_policy
+from .policy import build_policy, load_policy
 from .recipe import Recipe
 from .recorder import Recorder, require_report
 from .run_directory import Progress, RunDirectory
 from .sampler import Sampler, open_sampler, require_engine
-from .tasks import arithmetic
-from .warm_start import demonstrations, fine_tune
+from .task import Problems, Task, needs_seed
+from .warm_start import examples, fine_tune
 
 
 def derived_seed(recipe: Recipe, *purpose: object) -> int:
@@ -24,75 +25,22 @@ def derived_seed(recipe: Recipe, *purpose: object) -> int:
     return zlib.crc32(repr((recipe.seed, *purpose)).encode())
 
 
-@dataclass(frozen=True)
-class Problems:
-    """The problems of a run: fresh training problems for each iteration, none of them among the held-out ones."""
-
-    test: list[arithmetic.Problem]
-    seed: list[arithmetic.Problem]
-    train: list[list[arithmetic.Problem]]
-    complaints: list[str]
-
-
-def load_problems(recipe: Recipe) -> Problems:
-    """Generated problems, or those of the recipe's files; training problems that are held out are left out."""
-    operations = range(recipe.min_operations, recipe.max_operations + 1)
-    complaints: list[str] = []
-    if recipe.test_file:
-        test, complaints = arithmetic.read_problems(recipe.test_file)
-        test = list(dict.fromkeys(test))
-    else:
-        # The held-out problems do not depend on the seed, so that runs can be compared on them.
-        test = arithmetic.problems(recipe.num_test_problems, "test", recipe.level, operations)
-    held_out = frozenset(p.prompt for p in test)
-    if recipe.train_file:
-        pool, more = arithmetic.read_problems(recipe.train_file)
-        complaints += more
-        pool = [p for p in dict.fromkeys(pool) if p.prompt not in held_out]
-        if len(pool) < 10:
-            raise RunError(
-                f"{recipe.train_file!r} has {len(pool)} different problems that are not held out: give at least 10"
-            )
-        rng = random.Random(f"train_file {recipe.seed}")
-        rng.shuffle(pool)
-        # The head must not be fitted on the problems whose steps it will label.
-        cut = min(recipe.prm_seed_problems, len(pool) // 2)
-        seed, rest = pool[:cut], pool[cut:]
-        train = [rng.sample(rest, min(recipe.num_prompts, len(rest))) for _ in range(recipe.iterations)]
-    else:
-        count = recipe.prm_seed_problems + recipe.iterations * recipe.num_prompts
-        pool = arithmetic.problems(count, f"train {recipe.seed}", recipe.level, operations, exclude=held_out)
-        seed, rest = pool[: recipe.prm_seed_problems], pool[recipe.prm_seed_problems :]
-        train = [rest[t * recipe.num_prompts : (t + 1) * recipe.num_prompts] for t in range(recipe.iterations)]
-    return Problems(test, seed, train, complaints)
-
-
 def make_initial_policy(
-    recipe: Recipe, problems: Problems, recorder: Recorder
+    recipe: Recipe, task: Task, problems: Problems, recorder: Recorder
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """M_0 where the recipe names no model: a small Llama fine-tuned on demonstrations with wrong steps in them."""
-    operations = range(recipe.min_operations, recipe.max_operations + 1)
-    held_out = frozenset(p.prompt for p in problems.test)
-    stream = arithmetic.random_problems(f"demonstrations {recipe.seed}", recipe.level, operations, exclude=held_out)
-    asked = list(islice(stream, min(recipe.warm_start_steps * recipe.warm_start_batch_size, 20_000)))
-    teacher = arithmetic.Misconceptions.draw(
-        str(recipe.seed), recipe.misconceptions, recipe.misconception_rate, recipe.slip_rate
-    )
-    every = [*asked, *problems.test, *problems.seed, *(p for train in problems.train for p in train)]
-    texts = [p.prompt + arithmetic.demonstration(random.Random(0), p) for p in every]
-    tokenizer = build_tokenizer(texts)
+    """M_0 where the recipe names no model: a small Llama fine-tuned on the task's demonstrations."""
+    shown = task.demonstrations(problems)
     model = build_policy(
-        tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
+        shown.tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
         max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
     ).to(device_of(recipe))  # fmt: skip
     with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
         fine_tune(
-            model, demonstrations(asked, teacher, tokenizer, str(recipe.seed)), steps=recipe.warm_start_steps,
-            batch_size=recipe.warm_start_batch_size, learning_rate=recipe.warm_start_learning_rate,
-            seed=str(recipe.seed),
+            model, examples(task, shown), steps=recipe.warm_start_steps, batch_size=recipe.warm_start_batch_size,
+            learning_rate=recipe.warm_start_learning_rate, seed=str(recipe.seed),
             on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
         )  # fmt: skip
-    return model, tokenizer
+    return model, shown.tokenizer
 
 
 def device_of(recipe: Recipe) -> torch.device:
@@ -106,13 +54,12 @@ def device_of(recipe: Recipe) -> torch.device:
         ) from error
 
 
-def say_skipped(which: str, complaints: list[str], progress: Progress, recorder: Recorder) -> None:
-    """Counts the prompts that were left out, and says why of the first few."""
-    progress.counts[f"skipped_{which}_prompts"] = progress.counts.get(f"skipped_{which}_prompts", 0) + len(complaints)
+def say_complaints(complaints: list[str], recorder: Recorder, what: str) -> None:
+    """Says what was wrong with the first few of what is left out, and how many more there are."""
     for complaint in complaints[:3]:
-        recorder.say(f"skipped {which} {complaint}")
+        recorder.say(f"skipped {complaint}")
     if len(complaints) > 3:
-        recorder.say(f"skipped {len(complaints) - 3} more {which} prompts")
+        recorder.say(f"skipped {len(complaints) - 3} more {what}")
 
 
 @dataclass
@@ -120,37 +67,51 @@ class Session:
     """An open run: what every phase of the loop needs besides the policy it works on."""
 
     recipe: Recipe
+    task: Task
     run: RunDirectory
     progress: Progress
     recorder: Recorder
     sampler: Sampler
     tokenizer: PreTrainedTokenizerBase
     initial: PreTrainedModel  # M_0
-    problems: Problems
-    test: list[Asked]
+    test: list[Asked]  # held-out problems
+    seed: list[Asked]  # those that the PRM head is fitted on
+    train: list[list[Asked]]  # of each iteration
 
 
-def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
+def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     """Opens the run directory, makes or loads M_0, starts the sampler. Also returns the policy to go on with: M_0, or
     with `resume` the M_t of the newest checkpoint."""
     # Whatever can be wrong is found out before anything on the disk is touched.
-    device, problems = device_of(recipe), load_problems(recipe)
+    require_labels(recipe, task)
+    device, problems = device_of(recipe), task.problems()
     require_engine(recipe)
     require_report(recipe)
+    require_adapters(recipe)
     given = load_policy(recipe.model) if recipe.model is not None else None
     run = RunDirectory(recipe)
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
     recorder = Recorder(recipe, run, progress)
-    for complaint in problems.complaints:
-        recorder.say(f"skipped {complaint}")
+    say_complaints(problems.complaints, recorder, "rows")
     if newest is None:
-        run.save_policy(*(given or make_initial_policy(recipe, problems, recorder)), progress)
+        run.save_policy(*(given or make_initial_policy(recipe, task, problems, recorder)), progress)
     initial, tokenizer = run.load_model(0, device)
     policy, _ = run.load_model(progress.iteration, device)
-    progress.counts |= {"skipped_rows": len(problems.complaints), "skipped_held-out_prompts": 0}
-    test, complaints = ask(problems.test, tokenizer, policy, recipe)
-    say_skipped("held-out", complaints, progress, recorder)
+    progress.counts["skipped_rows"] = len(problems.complaints)
+
+    def asked(which: str, wanted: Sequence[Any]) -> list[Asked]:
+        found, complaints = ask(task, wanted, tokenizer, policy, recipe)
+        name = f"skipped_{which}_prompts"
+        progress.counts[name] = progress.counts.get(name, 0) + len(complaints)
+        say_complaints([f"{which} {complaint}" for complaint in complaints], recorder, f"{which} prompts")
+        return found
+
+    counted = ("skipped_held-out_prompts", "skipped_seed_prompts", "skipped_training_prompts")
+    progress.counts |= dict.fromkeys(counted, 0)  # a resumed run counts them anew
+    test = asked("held-out", problems.test)
+    seed = asked("seed", problems.seed) if problems.seed else []
+    train = [asked("training", wanted) for wanted in problems.train]
     with recorder.phase("engine", "starting the sampler"):
         sampler = open_sampler(recipe, policy, tokenizer, run.policy_of(0), run.path / "engine.log")
     at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")
@@ -158,4 +119,19 @@ def open_session(recipe: Recipe) -> tuple[Session, PreTrainedModel]:
         f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "
         f"{sampler.name}, from {at} to M_{recipe.iterations}, in {run.path}"
     )
-    return Session(recipe, run, progress, recorder, sampler, tokenizer, initial, problems, test), policy
+    return Session(recipe, task, run, progress, recorder, sampler, tokenizer, initial, test, seed, train), policy
+
+
+def require_labels(recipe: Recipe, task: Task) -> None:
+    """RunError when the task cannot give the step labels that the recipe asks for."""
+    if task.exact_steps:
+        return
+    if recipe.label_source == "checker":
+        raise RunError(
+            f"label_source checker: task {task.name} has no exact checker of steps; take head, monte_carlo or consensus"
+        )
+    if needs_seed(recipe) and recipe.prm_labels == "checker":
+        raise RunError(
+            f"prm_labels checker: task {task.name} has no exact checker of steps to fit the PRM head with; set "
+            "prm_labels to monte_carlo, prm_dataset to step-labelled data, or prm to a head that train_prm wrote"
+        )

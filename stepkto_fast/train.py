@@ -1,27 +1,40 @@
 """The training loop: `python -m stepkto_fast.train [recipe.yaml] [--key value ...]`.
 
 For M_0, M_1, ...: hand the weights to the sampler, fit the PRM head, evaluate; sample rollouts and label them; update
-by Step-KTO. `train` is the whole loop; every line of it is a phase in `phases.py` or `update.py`.
+by Step-KTO. `_iterate` is the whole loop; every line of it is a phase in `labelling.py`, `phases.py` or `update.py`.
+On labelled data (`label_source: dataset`) there are no rollouts: `offline.py`.
 """
 
 import logging
 import sys
 import time
+from contextlib import closing
 
 import torch
 from transformers.utils import logging as transformers_logging
 
+from .adapters import add_adapters
 from .errors import RunError
-from .phases import collect, finish, fit_head, frozen_copy, judge
+from .labelling import fit_head
+from .offline import train_offline
+from .phases import collect, finish, frozen_copy, judge
 from .recipe import Recipe, parse_recipe
 from .rollout import read_rollouts
-from .setup_run import open_session
+from .setup_run import derived_seed, open_session
+from .task import Task, open_task
 from .update import update
 
 
 def train(recipe: Recipe) -> dict:
     """Runs the recipe and returns what summary.json holds. Raises RunError for everything the user can mend."""
-    s, policy = open_session(recipe)
+    if recipe.label_source == "dataset":
+        return train_offline(recipe)
+    with closing(open_task(recipe)) as task:
+        return _iterate(recipe, task)
+
+
+def _iterate(recipe: Recipe, task: Task) -> dict:
+    s, policy = open_session(recipe, task)
     prm = None
     while True:
         t = s.progress.iteration
@@ -34,6 +47,7 @@ def train(recipe: Recipe) -> dict:
                 return finish(s, policy, prm)
             collect(s, policy, prm, rollouts_file)
         reference = frozen_copy(s, policy)
+        merge = add_adapters(policy, recipe, derived_seed(recipe, "adapters", t))
         optimizer_state = s.run.load_step(s.progress, policy) if s.progress.step else None
         update(
             policy,
@@ -45,6 +59,7 @@ def train(recipe: Recipe) -> dict:
             s.recorder,
             optimizer_state,
         )
+        merge()
         s.progress.next_iteration()
         s.run.save_policy(policy, s.tokenizer, s.progress)
 

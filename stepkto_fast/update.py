@@ -34,8 +34,9 @@ def update(
     """
     batches = batch_order(rollouts, recipe, progress.iteration)
     weights = class_weights(rollouts, recipe)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
-        policy.parameters(), lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2),
+        trained, lr=recipe.learning_rate, betas=(recipe.adam_beta1, recipe.adam_beta2),
         weight_decay=recipe.weight_decay,
     )  # fmt: skip
     schedule = get_scheduler(
@@ -59,7 +60,7 @@ def update(
             except ValueError as error:
                 raise RunError(f"iteration {progress.iteration}, step {progress.step}: {error}") from error
             result = accumulate_gradients(policy, batch, recipe, weights, points)
-            norm = float(torch.nn.utils.clip_grad_norm_(policy.parameters(), recipe.max_grad_norm))
+            norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm))
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
                 _stop_on_nonfinite(result, norm, batch, run, progress)
             rate = schedule.get_last_lr()[0]

@@ -62,6 +62,7 @@ def test_a_wheel_holds_the_package_and_a_library_that_loads(tmp_path):
     installed = tmp_path / "installed"
     assert (installed / "stepkto_kernels" / "libstepkto_native.so").exists()
     assert (installed / "stepkto_kernels" / "step_kto" / "README.md").exists()
+    assert (installed / "stepkto_fast" / "tasks" / "math_sample.jsonl").exists()
     assert not (installed / "kernels").exists()
     code = "import stepkto_kernels as k; print(k.__file__); print(k.native.missing())"
     done = subprocess.run(

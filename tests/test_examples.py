@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SHARED = {"head_call", "lm_head", "packed_forward", "stepwise_rows", "trl_config"}  # what integrations are made of
+SHARED = {"head_call", "lm_head", "packed_forward", "trl_config"}  # what integrations are made of
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 

@@ -11,16 +11,20 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
 
 # Lower layers first. A module may import from its own layer and those above it in this list.
 LAYERS = [
-    {"__init__", "errors", "atomic", "tasks"},
-    {"recipe", "rollout", "segmentation", "attention"},
-    {"packing", "policy"},
-    {"objective", "prm", "sampler", "sampler_vllm", "sampler_transformers", "warm_start"},
-    {"run_directory", "collect"},
+    {"__init__", "errors", "atomic", "estimators", "rows", "tasks"},
+    {"recipe", "rollout", "attention", "answer_worker", "answer_pool"},
+    {"packing", "policy", "segmentation", "answers", "model_shape", "hardware", "prm_metrics", "command"},
+    {"objective", "task", "sampler", "sampler_vllm", "sampler_transformers", "adapters"},
+    {"prm_head", "warm_start", "stepwise_rows", "labelled_formats", "monte_carlo"},
+    {"prm", "labelled", "collect"},
+    {"prm_files", "prm_export", "run_directory"},
     {"recorder", "evaluation", "report_data"},
     {"update", "setup_run", "report_figures"},
     {"report"},
-    {"phases"},
-    {"train"},
+    {"labelling", "phases", "offline"},
+    {"plan_memory", "plan_time"},
+    {"planner"},
+    {"train", "train_prm", "eval_prm", "settings_page"},
     {"integrations"},
 ]
 # Each optional package is imported in exactly one module.
@@ -29,6 +33,7 @@ ONE_PLACE = {
     "flash_attn": "attention",
     "wandb": "recorder",
     "matplotlib": "report_figures",
+    "math_verify": "answer_worker",
 }
 # And these only in the adapter that has their name.
 STACKS = ("verl", "openrlhf", "llamafactory", "torchtune", "torchtitan")

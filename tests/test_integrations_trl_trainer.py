@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from trl import KTOConfig, KTOTrainer
 
 from stepkto_fast.integrations.packed_forward import add_packed_forward
-from stepkto_fast.integrations.stepwise_rows import collate
+from stepkto_fast.stepwise_rows import collate
 from stepkto_fast.integrations.trl_trainer import POINTS_FILE, StepKTOConfig, StepKTOTrainer
 from stepkto_fast.policy import build_policy, build_tokenizer
 

@@ -223,7 +223,7 @@ def test_a_missing_file_leaves_its_section_out(run, file, note, gone):
         (["recipe"], "", "tiny ·"),
         (["engine"], "", "transformers"),
         (["seed"], "", "seed 7"),
-        (["counts"], "", "Unreadable rows"),
+        (["counts"], "", "Unusable rows"),
         (["tokens_per_second"], "", "1,234"),
         (["weight_sync_max_abs_logp_diff"], "", "1.3e\u22125"),
     ],
@@ -280,12 +280,14 @@ def test_one_undefined_rate_is_not_a_zero(run):
 
 def test_the_engine_writes_what_the_report_reads(tmp_path, problems, rollouts):
     from stepkto_fast.collect import Asked
+    from stepkto_fast.recipe import Recipe
+    from stepkto_fast.task import ArithmeticTask
 
     run = write_run(tmp_path / "run", iterations=1)
     for r in rollouts:
         r.step_probs = [0.5 for _ in r.steps]
-    asked = [Asked(r.problem_id, problems[r.problem_id], r.prompt_ids) for r in rollouts]
-    write_solutions(rollouts, asked, run / "evaluations/iteration_0.parquet")
+    asked = [Asked(r.problem_id, problems[r.problem_id], r.prompt, r.prompt_ids) for r in rollouts]
+    write_solutions(rollouts, ArithmeticTask(Recipe()), asked, run / "evaluations/iteration_0.parquet")
     page = Page(run)
     shown = next(r for r in rollouts if not r.label)
     assert shown.prompt.strip() in page.text

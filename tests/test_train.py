@@ -140,10 +140,10 @@ def test_the_model_loads_in_transformers_and_is_the_last_policy(smoke):
     first = load_file(smoke / "checkpoints" / "iteration_0" / "model.safetensors")
     assert any(not torch.equal(v, last[k]) for k, v in first.items()), "training moved the weights"
     saved = load_file(smoke / "model" / "prm_head.safetensors")
-    assert "head.threshold" in saved
-    trunk = {name.removeprefix("trunk."): tensor for name, tensor in saved.items() if name.startswith("trunk.")}
+    assert "threshold" in saved
+    trunk = load_file(smoke / "model" / "prm_trunk" / "model.safetensors")
     assert trunk, "prm_trunk is initial: the head reads M_0, not the model it lies beside"
-    assert all(torch.equal(tensor, first[f"model.{name}"]) for name, tensor in trunk.items())
+    assert all(torch.equal(tensor, first[name]) for name, tensor in trunk.items())
     summary = json.loads((smoke / "summary.json").read_text())
     assert len({record["prm"]["threshold"] for record in summary["iterations"]}) == 1, "the head is fitted once"
 
@@ -254,9 +254,9 @@ def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
     arguments = [
         "--model",
         str(smoke / "model"),
-        "--train_file",
+        "--train_dataset",
         str(train_file),
-        "--test_file",
+        "--test_dataset",
         str(test_file),
         "--num_prompts",
         "30",
@@ -279,7 +279,7 @@ def test_a_saved_model_and_problem_files_start_a_run(smoke, tmp_path, capsys):
     [
         (["none.yaml"], "recipe file 'none.yaml' does not exist"),
         (["--learning_rat", "1"], "unknown option --learning_rat; did you mean 'learning_rate'?"),
-        (["--train_file", "none.jsonl"], "problem file 'none.jsonl' does not exist"),
+        (["--train_dataset", "none.jsonl"], "problem file 'none.jsonl' does not exist"),
         (["--device", "cuda:7"], "not available"),
         (["--model", "no/such/model"], "cannot load model 'no/such/model'"),
         (["--resume", "true"], "nothing to resume"),
@@ -361,7 +361,7 @@ def test_a_run_that_died_before_its_first_checkpoint_resumes_with_its_model_and_
     rows.append({"prompt": "Compute left to right, modulo 10: 1" + " + 1" * 60})
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     folder = tmp_path / "run"
-    arguments = [SMOKE, *TINY, "--model", str(smoke / "model"), "--test_file", str(tmp_path / "test.jsonl")]
+    arguments = [SMOKE, *TINY, "--model", str(smoke / "model"), "--test_dataset", str(tmp_path / "test.jsonl")]
     arguments += ["--output_dir", str(folder)]
     folder.mkdir()
     write_recipe(parse_recipe(arguments), folder / "config.yaml")
@@ -378,7 +378,7 @@ def test_overwriting_finds_out_what_is_wrong_before_it_deletes(smoke, capsys):
     from stepkto_fast.train import main
 
     before = {p: os.stat(p).st_mtime_ns for p in smoke.rglob("*") if p.is_file()}
-    for bad in (["--model", "no/such/model"], ["--report_to", "wandb"], ["--test_file", "none.jsonl"]):
+    for bad in (["--model", "no/such/model"], ["--report_to", "wandb"], ["--test_dataset", "none.jsonl"]):
         if bad[1] == "wandb" and importlib.util.find_spec("wandb"):
             continue
         assert main([SMOKE, "--output_dir", str(smoke), "--overwrite", "true", *bad]) == 1

@@ -38,9 +38,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..objective import LaggedPoints, balance
 from ..packing import PackedBatch
 from ..rollout import UNLABELLED
+from ..stepwise_rows import COLUMNS, collate, tokenize_row
 from . import require
 from .packed_forward import add_packed_forward
-from .stepwise_rows import COLUMNS, collate, tokenize_row
 from .trl import SUPPORTED
 
 require("trl", SUPPORTED, "stepkto_fast.integrations.trl_trainer")

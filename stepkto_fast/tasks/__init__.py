@@ -1,5 +1,5 @@
-"""Tasks: where problems come from, and who judges answers and steps exactly.
+"""Tasks: where problems come from, and how they are asked; `task.py` puts both kinds behind one protocol.
 
-A task has `problems(...)`, `read_problems(path)`, `answer_is_right(problem, completion)` and
-`check_steps(problem, steps)`. `arithmetic` is the embedded one.
+`arithmetic` is the embedded task, with an exact checker of answers and of steps. `math` reads mathematics with gold
+answers: the known data sets, the shipped sample (`math_sample.jsonl`) or one's own files; `gold` finds the answers.
 """

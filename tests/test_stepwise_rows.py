@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from stepkto_fast.integrations.stepwise_rows import tokenize_row
+from stepkto_fast.stepwise_rows import tokenize_row
 from stepkto_fast.policy import build_tokenizer
 from stepkto_fast.segmentation import step_ends
 

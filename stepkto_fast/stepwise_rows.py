@@ -13,16 +13,17 @@ import json
 import warnings
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from ..objective import seen_labels
-from ..packing import pack
-from ..rollout import UNLABELLED, Rollout
-from ..segmentation import BOUNDARY
+from .objective import seen_labels
+from .packing import pack
+from .rollout import UNLABELLED, Rollout
+from .segmentation import BOUNDARY
 
 COLUMNS = ("prompt_ids", "completion_ids", "step_ends", "step_labels", "label", "ref_logps")
 
@@ -50,7 +51,51 @@ def tokenize_row(
     Raises:
         ValueError: the row lacks something, or has labels that are not what they should be; names the row.
     """
-    where = f"row {index} of the {dataset} dataset"
+    found = spans(
+        row,
+        f"row {index} of the {dataset} dataset",
+        dataset=dataset,
+        tokenizer=tokenizer,
+        step_separator=step_separator,
+        max_length=max_length,
+        after_first_error=after_first_error,
+    )
+    return {
+        "prompt_ids": found.prompt_ids,
+        "completion_ids": found.completion_ids,
+        "step_ends": found.step_ends,
+        "step_labels": found.step_labels,
+        "label": row["label"],
+    }
+
+
+@dataclass
+class Spans:
+    """A tokenised row, as `tokenize_row` has it, and its text.
+
+    starts: where each token of the completion starts, in characters of `text`, also of those that `max_length` has
+    cut off; a token that straddles the prompt's end starts below 0, and what a template adds at `len(text)` or behind.
+    """
+
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    step_ends: list[int]
+    step_labels: list[int]
+    text: str
+    starts: list[int]
+
+
+def spans(
+    row: dict[str, Any],
+    where: str,
+    *,
+    dataset: str,
+    tokenizer: PreTrainedTokenizerBase,
+    step_separator: str = "\n",
+    max_length: int | None = None,
+    after_first_error: str = "keep",
+) -> Spans:
+    """As `tokenize_row`, with the row's name for errors, `where`, and the text that the tokens stand for."""
     labels = _labels(row, where)
     text, characters = _text(row, where, step_separator, labels is not None)
     if labels is None:
@@ -75,13 +120,7 @@ def tokenize_row(
         whole = [end for end in ends if end <= len(completion_ids)]
         cut = [len(completion_ids)] if len(completion_ids) > (whole[-1] if whole else 0) else []
         ends, labels = whole + cut, labels[: len(whole)] + [UNLABELLED] * len(cut)
-    return {
-        "prompt_ids": prompt_ids,
-        "completion_ids": completion_ids,
-        "step_ends": ends,
-        "step_labels": labels,
-        "label": row["label"],
-    }
+    return Spans(prompt_ids, completion_ids, ends, labels, text, starts)
 
 
 def _text(row: dict[str, Any], where: str, separator: str, labelled: bool) -> tuple[str, list[int]]:

@@ -1,0 +1,94 @@
+"""Devices and rates that a plan is made with: data-sheet peaks, and assumptions that are stated beside every result."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .errors import RunError
+from .recipe import setting
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Device:
+    """memory_gib: what torch sees, about. bandwidth_tb: TB/s. Peaks in TFLOP/s, dense: bf16 on tensor cores, fp32
+    without them (the loop never rounds fp32 products to TF32)."""
+
+    memory_gib: float
+    bandwidth_tb: float
+    bf16_tflops: float
+    fp32_tflops: float
+
+
+# NVIDIA's data sheets; a CPU here is two cores of a server.
+DEVICES = {
+    "b300": Device(267.0, 8.0, 2250, 75),
+    "b200": Device(178.0, 7.7, 2250, 75),
+    "h200": Device(139.8, 4.8, 989, 67),
+    "h100": Device(79.1, 3.35, 989, 67),
+    "a100": Device(79.2, 2.04, 312, 19.5),
+    "l40s": Device(44.4, 0.864, 362, 91.6),
+    "cpu": Device(16.0, 0.02, 0.15, 0.1),
+}
+
+
+@dataclass
+class Rates:
+    """What a plan assumes. Everything here is a guess to be replaced by your own measurement."""
+
+    gpu: Literal["b300", "b200", "h200", "h100", "a100", "l40s", "cpu"] = setting("h200", "device that the run is for")
+    memory_gib: float | None = setting(None, "its memory in GiB; none: as torch reports for this device")
+    bandwidth_tb: float | None = setting(None, "its memory bandwidth in TB/s; none: the data sheet's")
+    bf16_tflops: float | None = setting(None, "its dense bf16 peak in TFLOP/s; none: the data sheet's")
+    fp32_tflops: float | None = setting(None, "its fp32 peak in TFLOP/s, without TF32; none: the data sheet's")
+    utilisation: float = setting(0.3, "share of the peak that forwards and backwards of the trainer reach")
+    prefill_utilisation: float = setting(0.4, "share of the peak that the engine reaches on prompts")
+    bandwidth_efficiency: float = setting(0.6, "share of the bandwidth that decoding and the optimizer reach")
+    launch_ms: float = setting(0.25, "least time of a decoding step, in ms a layer (kernels are launched one by one)")
+    max_sequences: int = setting(256, "sequences that the engine decodes together, at most")
+    prompt_tokens: int = setting(200, "mean length of a prompt")
+    completion_share: float = setting(0.3, "mean length of a completion, as a share of max_completion_length")
+    steps: int = setting(8, "mean number of steps of a completion")
+    labelled_completions: int = setting(10_000, "completions in labelled_dataset or prm_dataset")
+    kept_pairs: float = setting(0.05, "share of (token, vocabulary tile) pairs that the head's backward visits (rho)")
+    kept_blocks: float = setting(0.1, "the same by blocks of 128 tokens (rho_blocks)")
+    disk_gb: float = setting(1.0, "GB/s at which checkpoints are written")
+    reserve_gib: float = setting(2.0, "GiB for the CUDA context, cuBLAS and fragmentation")
+    engine_reserve_gib: float = setting(3.0, "GiB of vLLM's share for its own activations")
+
+    def __post_init__(self) -> None:
+        for key in ("utilisation", "prefill_utilisation", "bandwidth_efficiency", "completion_share"):
+            if not 0 < getattr(self, key) <= 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give a share above 0, at most 1")
+        for key in ("kept_pairs", "kept_blocks"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
+        for key in ("max_sequences", "prompt_tokens", "steps", "labelled_completions"):
+            if getattr(self, key) < 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
+        for key in ("memory_gib", "bandwidth_tb", "bf16_tflops", "fp32_tflops", "disk_gb"):
+            if getattr(self, key) is not None and not getattr(self, key) > 0:
+                raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
+        for key in ("launch_ms", "reserve_gib", "engine_reserve_gib"):
+            if not getattr(self, key) >= 0:
+                raise RunError(f"{key} is {getattr(self, key)}: give 0 or more")
+
+    @property
+    def device(self) -> Device:
+        """The data sheet's numbers with the given ones over them."""
+        sheet = DEVICES[self.gpu]
+        return Device(*(getattr(self, name) or getattr(sheet, name) for name in Device.__annotations__))
+
+    @property
+    def memory(self) -> float:
+        """Bytes of the device's memory."""
+        return self.device.memory_gib * GIB
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that decoding and the optimizer are assumed to reach."""
+        return self.device.bandwidth_tb * 1e12 * self.bandwidth_efficiency
+
+    def flops(self, bf16: bool) -> float:
+        """Peak operations a second."""
+        return 1e12 * (self.device.bf16_tflops if bf16 else self.device.fp32_tflops)

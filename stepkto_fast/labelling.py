@@ -1,0 +1,150 @@
+"""Step labels: the PRM head for M_t, and who says which steps of its rollouts are right (`label_source`)."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from .answers import Verdict
+from .collect import Asked, sample_rollouts, usable
+from .errors import RunError
+from .labelled import labelled_rollouts, read_labelled
+from .monte_carlo import agreement, consensus, estimate_cost, labels_of, monte_carlo_values
+from .prm import PRM, calibrates, fit_prm, fits, seed_generations
+from .prm_files import load_prm
+from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
+from .sampler import context_length
+from .setup_run import Session, derived_seed, say_complaints
+
+
+def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | None:
+    """The PRM head for `policy` = M_t; None where the recipe has no use for one.
+
+    It is read from `prm`, or fitted on `prm_dataset`, or on a seed set: M_0's completions of the seed problems, half of
+    them at a higher temperature, labelled by `prm_labels` and kept in rollouts/seed.parquet. With `prm_trunk: initial`
+    it is fitted once, on M_0.
+    """
+    recipe = s.recipe
+    if recipe.prm is not None:
+        return fitted or load_prm(recipe.prm, s.initial.device, s.tokenizer)
+    frozen = recipe.prm_trunk == "initial"
+    if frozen and fitted is not None:
+        return fitted
+    if not (recipe.prm_dataset or s.seed):
+        return None
+    fitting, calibrating = _labelled_data(s) if recipe.prm_dataset else _seed_set(s)
+    with s.recorder.bar("prm", f"fitting the PRM head on M_{s.progress.iteration}") as advance:
+        seed = derived_seed(recipe, "prm", 0 if frozen else s.progress.iteration)
+        return fit_prm(
+            s.initial if frozen else policy, fitting, calibrating, recipe, seed,
+            on_step=lambda step, total, loss: advance(step, total, f"loss {loss:.3f}"),
+        )  # fmt: skip
+
+
+def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
+    recipe = s.recipe
+    assert recipe.prm_dataset is not None
+    found = read_labelled(
+        recipe.prm_dataset, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
+    )
+    longest = context_length(recipe, s.initial)
+    rollouts, complaints = labelled_rollouts(found.rows, s.tokenizer, max_length=longest)
+    complaints = found.complaints + complaints
+    if "skipped_prm_rows" not in s.progress.counts:
+        say_complaints(complaints, s.recorder, "rows of prm_dataset")
+    s.progress.counts["skipped_prm_rows"] = len(complaints)
+    return [r for r in rollouts if fits(r)], [r for r in rollouts if not fits(r)]
+
+
+def _seed_set(s: Session) -> tuple[list[Rollout], list[Rollout]]:
+    path = s.run.rollouts / "seed.parquet"
+    if not path.exists():
+        _sample_seed_set(s, path)
+    seed_set = read_rollouts(path)
+    return [r for r in seed_set if fits(r)], [r for r in seed_set if calibrates(r, s.recipe)]
+
+
+def _sample_seed_set(s: Session, path: Path) -> None:
+    if s.progress.iteration:
+        raise RunError(f"{path} is gone: it holds the PRM head's seed set, sampled from M_0; start the run anew")
+    natural, hot = seed_generations(s.recipe)
+    text = f"sampling the PRM head's seed set from M_0 ({len(s.seed)} problems)"
+    with s.recorder.bar("seed_set", text) as advance:
+        drawn = [
+            sample_rollouts(
+                s.sampler, s.task, s.seed, s.tokenizer, s.recipe, n=n, temperature=temperature,
+                seed=derived_seed(s.recipe, "seed set", kind), on_progress=advance,
+            )
+            for kind, n, temperature in (
+                ("natural", natural, s.recipe.temperature), ("hot", hot, s.recipe.prm_seed_temperature),
+            )
+            if n
+        ]  # fmt: skip
+    for r in drawn[1] if hot else ():
+        r.sample += natural
+    seed_set = usable([r for rollouts in drawn for r in rollouts])
+    if {fits(r) for r in seed_set if fits(r) or calibrates(r, s.recipe)} != {True, False}:
+        raise RunError(
+            f"M_0 wrote text for {len({r.problem_id for r in seed_set})} of {len(s.seed)} seed problems, too few to "
+            "fit and calibrate the PRM head: raise warm_start_steps or prm_seed_problems, or give another model"
+        )
+    if s.recipe.prm_labels == "monte_carlo":
+        _continue_steps(s, s.seed, seed_set, "seed")
+    for r in seed_set:
+        r.step_labels = labels_of(r.step_values, s.recipe) if r.step_values else list(r.checker_labels)
+    write_rollouts(seed_set, path)
+
+
+def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dict[str, float]:
+    """Fills step_probs, step_values and step_labels of M_t's rollouts by the recipe's label source.
+
+    Returns metrics: with both at hand, how far continuations and the head agree.
+    """
+    source, metrics = s.recipe.label_source, dict[str, float]()
+    if prm is not None:
+        with s.recorder.phase("prm", f"judging the steps of {len(rollouts)} completions"):
+            for r, probabilities in zip(rollouts, prm.score(rollouts, s.recipe), strict=True):
+                r.step_probs = probabilities
+    if source in ("monte_carlo", "consensus"):
+        _continue_steps(s, s.train[s.progress.iteration], rollouts, f"iteration_{s.progress.iteration}")
+    for r in rollouts:
+        continued = labels_of(r.step_values, s.recipe)
+        if source == "monte_carlo":
+            r.step_labels = continued
+        elif source == "checker":
+            r.step_labels = list(r.checker_labels)
+        else:
+            assert prm is not None
+            r.step_labels = prm.label(r.step_probs)
+            if source == "consensus":
+                r.step_labels = consensus(continued, r.step_labels)
+    if prm is not None and source in ("monte_carlo", "consensus"):
+        both = agreement(
+            [x for r in rollouts for x in labels_of(r.step_values, s.recipe)],
+            [x for r in rollouts for x in prm.label(r.step_probs)],
+        )
+        metrics = {f"agreement/{name}": value for name, value in both.items()}
+    if all(x == UNLABELLED for r in rollouts for x in r.step_labels):
+        s.recorder.say(f"warning: no step of M_{s.progress.iteration}'s rollouts has a label; only outcomes are learnt")
+    return metrics
+
+
+def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollout], name: str) -> None:
+    """Fills step_values by continuations, in resumable chunks under rollouts/monte_carlo_{name}."""
+    problems = {a.problem_id: a.problem for a in asked}
+    tokens, seconds = s.progress.tokens.get("rollout"), s.progress.seconds.get("rollout")
+    cost = estimate_cost(rollouts, s.recipe, tokens_per_second=tokens / seconds if tokens and seconds else None)
+    s.recorder.say(f"step labels of {len(rollouts)} completions: {cost.text()}")
+
+    def judge(ids: Sequence[int], completions: Sequence[str], finished: Sequence[bool]) -> list[Verdict]:
+        return s.task.judge([problems[n] for n in ids], completions, finished)
+
+    with s.recorder.bar("monte_carlo", f"{cost.continuations:,} continuations for step labels") as advance:
+        work = monte_carlo_values(
+            rollouts, s.sampler, judge, s.tokenizer, s.recipe, seed=derived_seed(s.recipe, "monte carlo", name),
+            folder=s.run.rollouts / f"monte_carlo_{name}", on_progress=advance,
+        )  # fmt: skip
+    s.progress.add("tokens", "monte_carlo", work.tokens)
+    s.progress.add("counts", "unverified_continuations", work.unverified)
+    if work.damaged:
+        s.recorder.say(f"{work.damaged} chunks of continuations were damaged or of other rollouts, and sampled again")

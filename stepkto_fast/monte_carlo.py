@@ -1,0 +1,325 @@
+"""Monte-Carlo step labels: a step is worth what the policy can still make of it.
+
+From the end of each step the policy continues K times. The step's value is the share of these continuations whose
+whole completion has the right answer; hard labels call a step right when any of them has, soft labels when a share of
+`mc_threshold` has (Wang et al. 2024, Math-Shepherd, arXiv 2312.08935, hard and soft estimation). Where continuations
+and a PRM head disagree, `consensus` leaves the step unlabelled (Zhang et al. 2025, arXiv 2501.07301).
+
+The end of a finished completion leaves nothing to continue: the last step's value is the rollout's own outcome, and
+so it is where a truncated rollout has no token left to spend. A step that ends beyond max_completion_length with more
+behind it, which only completions from elsewhere have, cannot be tried and stays unlabelled.
+"""
+
+import hashlib
+import math
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from transformers import PreTrainedTokenizerBase
+
+from .answers import Verdict
+from .rollout import UNLABELLED, Rollout, write_table
+from .sampler import Sampler, no_progress
+
+CHUNK = 2048  # continuations that an interrupted run may have to sample again
+# (problem ids, completions, whether they finished) -> a verdict each
+Judge = Callable[[Sequence[int], Sequence[str], Sequence[bool]], Sequence[Verdict]]
+
+
+class Settings(Protocol):
+    """What this module reads of a recipe."""
+
+    @property
+    def mc_continuations(self) -> int: ...
+    @property
+    def mc_labels(self) -> str: ...
+    @property
+    def mc_threshold(self) -> float: ...
+    @property
+    def mc_temperature(self) -> float: ...
+    @property
+    def max_completion_length(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """A completion up to the end of a step, the tokens that may follow, and the (rollout, step) pairs that share it."""
+
+    problem_id: int
+    prompt_ids: list[int]
+    completion_ids: list[int]
+    room: int
+    places: list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What sampling will take. steps: those to continue from; prefixes: different ones among them, each sampled once.
+
+    tokens_expected takes each continuation to be as long as what follows the step in the rollouts themselves;
+    tokens_at_most takes it to the limit. seconds: for the expected tokens, None without a rate.
+    """
+
+    steps: int
+    prefixes: int
+    continuations: int
+    tokens_expected: int
+    tokens_at_most: int
+    seconds: float | None
+
+    def text(self) -> str:
+        """One line for the terminal."""
+        line = (
+            f"continuing from {self.prefixes:,} different ends of steps ({self.steps:,} in all): "
+            f"{self.continuations:,} continuations, about {self.tokens_expected:,} tokens, "
+            f"at most {self.tokens_at_most:,}"
+        )
+        return line if self.seconds is None else f"{line}; about {_duration(self.seconds)}"
+
+
+@dataclass
+class Work:
+    """What `monte_carlo_values` did, in a resumed run as in an undisturbed one but for the last two fields.
+
+    tokens: sampled ones. unverified: continuations whose outcome is not known. unlabelled: steps without a value.
+    reused: chunks read from earlier work. damaged: chunk files that were of no use and were sampled again.
+    """
+
+    continuations: int = 0
+    tokens: int = 0
+    unverified: int = 0
+    unlabelled: int = 0
+    reused: int = 0
+    damaged: int = 0
+
+
+def estimate_cost(rollouts: Sequence[Rollout], settings: Settings, *, tokens_per_second: float | None = None) -> Cost:
+    """What labelling the steps of `rollouts` takes; `tokens_per_second`: the rate at which the engine samples."""
+    k = settings.mc_continuations
+    steps, prefixes, expected, most = 0, 0, 0.0, 0
+    for p in _prefixes(rollouts, settings):
+        steps += len(p.places)
+        prefixes += 1
+        behind = [len(rollouts[place].completion_ids) - len(p.completion_ids) for place, _ in p.places]
+        expected += k * min(sum(behind) / len(behind), p.room)
+        most += k * p.room
+    seconds = expected / tokens_per_second if tokens_per_second else None
+    return Cost(steps, prefixes, k * prefixes, round(expected), most, seconds)
+
+
+def monte_carlo_values(
+    rollouts: Sequence[Rollout], sampler: Sampler, judge: Judge, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, *, seed: int, folder: Path, on_progress: Callable[[int, int], None] = no_progress,
+) -> Work:  # fmt: skip
+    """Fills `step_values` of each rollout: the share of right continuations of each step, nan where none is known.
+
+    Continuations are sampled in chunks of whole problems, each with a seed of its own and kept in `folder`, so that an
+    interrupted call can be repeated, with the same values in the end to the last bit. A chunk file that is damaged, or
+    of other rollouts, settings or another seed, is sampled again. `sampler` must hold the policy that `folder` is for.
+    `on_progress(done, total)` counts continuations.
+    """
+    work, total = Work(), estimate_cost(rollouts, settings).continuations
+    for r in rollouts:
+        r.step_values = _values_without_sampling(r)
+    for number, prefixes in enumerate(_chunks(_prefixes(rollouts, settings), settings)):
+        path, chunk_seed = folder / f"chunk_{number}.parquet", zlib.crc32(repr((seed, number)).encode())
+        digest = _digest(prefixes, settings, chunk_seed)
+        counts = _read_chunk(path, digest, prefixes, settings)
+        work.reused += counts is not None
+        work.damaged += counts is None and path.exists()
+        if counts is None:
+            counts = _sample_chunk(
+                prefixes, sampler, judge, tokenizer, settings, chunk_seed,
+                _shifted(on_progress, work.continuations, total),
+            )  # fmt: skip
+            _write_chunk(path, digest, prefixes, rollouts, counts)
+        for p, c in zip(prefixes, counts, strict=True):
+            for place, step in p.places:
+                rollouts[place].step_values[step] = c.right / c.verified if c.verified else math.nan
+            work.continuations += c.total
+            work.tokens += c.tokens
+            work.unverified += c.total - c.verified
+        on_progress(work.continuations, total)
+    work.unlabelled = sum(math.isnan(value) for r in rollouts for value in r.step_values)
+    return work
+
+
+def labels_of(values: Sequence[float], settings: Settings) -> list[int]:
+    """A label for each value: 1 right, 0 wrong, -1 (unlabelled) for nan.
+
+    mc_labels hard: right when any continuation was; soft: when a share of at least mc_threshold was.
+    """
+    if settings.mc_labels == "hard":
+        return [UNLABELLED if math.isnan(v) else int(v > 0) for v in values]
+    # Values come back from a rollouts file rounded to fp32: a share that is the threshold must stay at it.
+    return [UNLABELLED if math.isnan(v) else int(v >= settings.mc_threshold - 1e-6) for v in values]
+
+
+def consensus(mc_labels: Sequence[int], head_labels: Sequence[int]) -> list[int]:
+    """The label where both sources have the same one, -1 (unlabelled) elsewhere; ValueError for unequal lengths."""
+    return [a if a == b else UNLABELLED for a, b in zip(mc_labels, head_labels, strict=True)]
+
+
+def agreement(mc_labels: Sequence[int], head_labels: Sequence[int]) -> dict:
+    """How far the two sources agree; ValueError for unequal lengths.
+
+    kept: share of all steps that `consensus` labels. kappa: Cohen's (1960), over the steps that both label. Then counts
+    of steps. Shares that are not defined (no step; one class only) are None.
+    """
+    pairs = list(zip(mc_labels, head_labels, strict=True))
+    both_right, both_wrong = pairs.count((1, 1)), pairs.count((0, 0))
+    only_mc, only_head = pairs.count((1, 0)), pairs.count((0, 1))
+    n = both_right + both_wrong + only_mc + only_head
+    # n^2 times the agreement to be expected of independent sources with these shares of right steps
+    chance = (both_right + only_mc) * (both_right + only_head) + (both_wrong + only_mc) * (both_wrong + only_head)
+    return {
+        "kept": (both_right + both_wrong) / len(pairs) if pairs else None,
+        "kappa": (n * (both_right + both_wrong) - chance) / (n * n - chance) if n * n > chance else None,
+        "both_right": both_right,
+        "both_wrong": both_wrong,
+        "only_monte_carlo_right": only_mc,
+        "only_head_right": only_head,
+        "unlabelled": len(pairs) - n,
+    }
+
+
+# ---- what is to be sampled ----
+
+
+def _values_without_sampling(r: Rollout) -> list[float]:
+    """nan for each step but the last, which has the rollout's own outcome."""
+    own = float(r.label) if r.verified else math.nan
+    return [*([math.nan] * (len(r.step_ends) - 1)), own][: len(r.step_ends)]
+
+
+def _prefixes(rollouts: Sequence[Rollout], settings: Settings) -> Iterator[Prefix]:
+    """The different prefixes to continue from, problem by problem, each directly before those that begin with it."""
+    problems: dict[int, list[int]] = {}
+    for place, r in enumerate(rollouts):
+        problems.setdefault(r.problem_id, []).append(place)
+    for problem_id, members in problems.items():
+        found: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+        for place in members:
+            r = rollouts[place]
+            for step, end in enumerate(r.step_ends[:-1] if r.finished else r.step_ends):
+                if end < settings.max_completion_length:
+                    key = tuple(r.prompt_ids), tuple(r.completion_ids[:end])
+                    found.setdefault(key, []).append((place, step))
+        for prompt, completion in sorted(found):
+            room = settings.max_completion_length - len(completion)
+            yield Prefix(problem_id, list(prompt), list(completion), room, found[prompt, completion])
+
+
+def _chunks(prefixes: Iterator[Prefix], settings: Settings) -> Iterator[list[Prefix]]:
+    """Whole problems, together at most CHUNK continuations; a problem with more is a chunk of its own."""
+    chunk: list[Prefix] = []
+    problem: list[Prefix] = []
+    for p in prefixes:
+        if problem and p.problem_id != problem[0].problem_id:
+            chunk, problem = [*chunk, *problem], []
+        if chunk and (len(chunk) + len(problem) + 1) * settings.mc_continuations > CHUNK:
+            yield chunk
+            chunk = []
+        problem.append(p)
+    if chunk or problem:
+        yield [*chunk, *problem]
+
+
+# ---- one chunk ----
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """Of the continuations of one prefix: right ones, ones whose outcome is known, all; and their tokens."""
+
+    right: int
+    verified: int
+    total: int
+    tokens: int
+
+
+def _sample_chunk(
+    prefixes: Sequence[Prefix], sampler: Sampler, judge: Judge, tokenizer: PreTrainedTokenizerBase,
+    settings: Settings, seed: int, on_progress: Callable[[int, int], None],
+) -> list[_Counts]:  # fmt: skip
+    drawn = sampler.sample(
+        [p.prompt_ids + p.completion_ids for p in prefixes], n=settings.mc_continuations,
+        temperature=settings.mc_temperature, max_tokens=[p.room for p in prefixes], seed=seed, on_progress=on_progress,
+    )  # fmt: skip
+    every = [(p, s) for p, samples in zip(prefixes, drawn, strict=True) for s in samples]
+    whole = [p.completion_ids + s.token_ids for p, s in every]
+    # Decoded as one: pieces decoded apart lose spaces and characters at their seams.
+    texts = tokenizer.batch_decode(
+        [ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids for ids in whole], skip_special_tokens=False
+    )
+    verdicts = judge([p.problem_id for p, _ in every], texts, [s.finished for _, s in every])
+    if len(verdicts) != len(every):
+        raise ValueError(f"the judge gave {len(verdicts)} verdicts on {len(every)} completions")
+    counts = []
+    for k, samples in enumerate(drawn):
+        own = verdicts[k * len(samples) : (k + 1) * len(samples)]
+        right, verified = sum(v.right and v.verified for v in own), sum(v.verified for v in own)
+        counts.append(_Counts(right, verified, len(own), sum(len(s.token_ids) for s in samples)))
+    return counts
+
+
+_COLUMNS = {
+    "problem_id": pa.int64(), "rollout": pa.int64(), "sample": pa.int32(), "step": pa.int32(),
+    "right": pa.int32(), "verified": pa.int32(), "total": pa.int32(), "tokens": pa.int64(),
+}  # fmt: skip
+
+
+def _shifted(on_progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
+    return lambda done, _: on_progress(before + done, total)
+
+
+def _digest(prefixes: Sequence[Prefix], settings: Settings, seed: int) -> str:
+    """Of everything that decides what is sampled, other than the policy."""
+    digest = hashlib.sha256(
+        repr((settings.mc_continuations, settings.mc_temperature, settings.max_completion_length, seed)).encode()
+    )
+    for p in prefixes:
+        digest.update(repr((p.problem_id, p.prompt_ids, p.completion_ids, p.places)).encode())
+    return digest.hexdigest()
+
+
+def _write_chunk(
+    path: Path, digest: str, prefixes: Sequence[Prefix], rollouts: Sequence[Rollout], counts: Sequence[_Counts]
+) -> None:
+    """One row a prefix, named by the first (rollout, step) that has it."""
+    rows = []
+    for p, c in zip(prefixes, counts, strict=True):
+        place, step = p.places[0]
+        rows.append(
+            {"problem_id": p.problem_id, "rollout": place, "sample": rollouts[place].sample, "step": step, **vars(c)}
+        )
+    write_table(pa.Table.from_pylist(rows, schema=pa.schema(_COLUMNS, metadata={"digest": digest})), path)
+
+
+def _read_chunk(path: Path, digest: str, prefixes: Sequence[Prefix], settings: Settings) -> list[_Counts] | None:
+    """The counts of a finished chunk; None where the file is not there, or is not what this call would write."""
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowException, OSError):
+        return None
+    if not table.schema.equals(pa.schema(_COLUMNS)) or (table.schema.metadata or {}).get(b"digest") != digest.encode():
+        return None
+    rows = table.to_pylist()
+    if [(row["rollout"], row["step"]) for row in rows] != [p.places[0] for p in prefixes]:
+        return None
+    if any(None in row.values() for row in rows):
+        return None
+    counts = [_Counts(row["right"], row["verified"], row["total"], row["tokens"]) for row in rows]
+    whole = all(0 <= c.right <= c.verified <= c.total == settings.mc_continuations <= c.tokens for c in counts)
+    return counts if whole else None
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,184 @@
+"""Time of a run on one device, part by part, from counts of tokens and stated rates. Predicted, not measured."""
+
+import math
+from dataclasses import dataclass
+
+from .hardware import Rates
+from .model_shape import ModelShape
+from .monte_carlo import CHUNK
+from .plan_memory import Cache, fits_head, trained_parameters, uses_vllm
+from .prm import CACHED_BYTES, HELD_OUT
+from .recipe import Recipe
+from .task import needs_seed
+
+ADAM_BYTES = 80  # read and written for each trained weight by an optimizer step of the multi-tensor form
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something that takes time: seconds each time, how often, what it counts."""
+
+    name: str
+    seconds: float
+    times: int
+    note: str
+
+    @property
+    def total(self) -> float:
+        return self.seconds * self.times
+
+
+class Clock:
+    """Seconds of the operations that the parts are made of."""
+
+    def __init__(self, recipe: Recipe, shape: ModelShape, rates: Rates, held: Cache):
+        self.recipe, self.shape, self.rates, self.held = recipe, shape, rates, held
+        self.prompt = rates.prompt_tokens
+        self.completion = rates.completion_share * recipe.max_completion_length
+        self.length = self.prompt + self.completion
+        self._peak = rates.flops(recipe.bf16)
+
+    def forward(self, completions: float, *, head: bool = True) -> float:
+        """A forward of the trainer over so many completions with their prompts; the head on completion tokens."""
+        flops = self.length * self.shape.forward_flops(self.length)
+        flops += self.completion * 2 * self.shape.head_parameters * head
+        return completions * flops / (self._peak * self.rates.utilisation)
+
+    def update(self, completions: float) -> float:
+        """Forward and backward. The trunk's backward costs two forwards, one with LoRA, whose frozen weights need no
+        gradient; the head's: 8NDV exact, or what the filter leaves (the README of linear_logp)."""
+        rates, lora = self.rates, bool(self.recipe.lora_rank)
+        trunk = self.length * self.shape.forward_flops(self.length) * (2 if lora else 3)
+        if lora:
+            trunk += self.length * 6 * self.shape.adapter_parameters(self.recipe.lora_rank)
+        if self.recipe.filter_eps == 0:
+            products = 3.0 if lora else 4.0
+        else:
+            products = 1 + rates.kept_pairs + rates.kept_blocks + (0 if lora else rates.kept_pairs)
+        head = self.completion * 2 * self.shape.head_parameters * products
+        return completions * (trunk + head) / (self._peak * rates.utilisation)
+
+    def step(self, sequences: float, context: float) -> float:
+        """One decoding step of the engine: reads the weights and the sequences' KV cache, or is bound by its products,
+        or by the launches of its kernels."""
+        read = self.held.weight_bytes + sequences * context * self.held.token_bytes
+        flops = sequences * 2 * (self.shape.linear_parameters + self.shape.head_parameters)
+        peak = self.rates.flops(self.recipe.bf16 and uses_vllm(self.recipe))
+        return max(
+            read / self.rates.bandwidth,
+            flops / (peak * self.rates.prefill_utilisation),
+            1e-3 * self.rates.launch_ms * self.shape.num_layers,
+        )
+
+    def sample(self, sequences: float, prefill_tokens: float, completion: float, calls: int = 1) -> float:
+        """Prefill, then decoding in as many sequences together as there is room for; the end of the longest completion
+        of each call is decoded alone. infinity where no sequence has room."""
+        together = min(sequences / calls, self.rates.max_sequences, self.held.sequences(self.length))
+        if together < 1:
+            return float("inf")
+        peak = self.rates.flops(self.recipe.bf16 and uses_vllm(self.recipe))
+        prefill = prefill_tokens * self.shape.forward_flops(self.prompt) / (peak * self.rates.prefill_utilisation)
+        steps = sequences * completion / together
+        decode = steps * self.step(together, self.prompt + self.completion / 2)
+        tail = (self.recipe.max_completion_length - completion) * self.step(1, self.length)
+        return prefill + decode + calls * tail
+
+
+def times(recipe: Recipe, shape: ModelShape, rates: Rates, held: Cache) -> list[Part]:
+    """Every part of the run that takes time. Loading, the engine's start, the answers' check and the report are not
+    counted."""
+    clock = Clock(recipe, shape, rates, held)
+    return _offline(clock) if recipe.label_source == "dataset" else _loop(clock)
+
+
+def _loop(clock: Clock) -> list[Part]:
+    recipe, rates, shape = clock.recipe, clock.rates, clock.shape
+    c, p = clock.completion, clock.prompt
+    rollouts, T = recipe.num_prompts * recipe.num_generations, recipe.iterations
+    test, k = recipe.num_test_problems, recipe.num_eval_generations
+    parts = []
+    if needs_seed(recipe):
+        seeds = recipe.prm_seed_problems * recipe.prm_seed_generations
+        parts.append(Part("seed set", clock.sample(seeds, seeds * p, c), 1, f"{seeds} completions of {c:.0f} tokens"))
+        if recipe.prm_labels == "monte_carlo":
+            parts.append(_monte_carlo(clock, "seed labels", seeds, 1))
+    has_head = fits_head(recipe) or recipe.prm is not None
+    if fits_head(recipe):
+        parts.append(_fit(clock))
+    # Of the held-out problems: a greedy and k sampled completions; log-probs by M_t and M_0; the head's view.
+    passes = 2 * clock.forward(test) + has_head * clock.forward(test, head=recipe.prm_pooling == "attention")
+    evaluation = clock.sample(test * (1 + k), test * (1 + k) * p, c) + passes
+    parts.append(Part("evaluation", evaluation, T + 1, f"{test} problems, {1 + k} completions each"))
+    tokens = rollouts * c
+    parts.append(
+        Part("rollouts", clock.sample(rollouts, rollouts * p, c), T, f"{tokens / 1e6:.1f} M tokens, prefill each")
+    )
+    if recipe.label_source in ("monte_carlo", "consensus"):
+        parts.append(_monte_carlo(clock, "Monte-Carlo labels", rollouts, T))
+    if has_head:
+        score = clock.forward(rollouts, head=recipe.prm_pooling == "attention")
+        parts.append(Part("head's labels", score, T, "a forward"))
+    models = 2 if recipe.reference == "initial" else 1
+    parts.append(Part("log-probs", models * clock.forward(rollouts), T, f"a forward of {models} model(s)"))
+    parts += _update(clock, rollouts, T)
+    saved = (T + 2) * 4 * shape.parameters / (rates.disk_gb * 1e9)
+    parts.append(Part("models saved", saved, 1, f"M_0 to M_{T} and model/, 4 P bytes each"))
+    return parts
+
+
+def _offline(clock: Clock) -> list[Part]:
+    """Nine tenths of the data train, one tenth is held out and looked at twice."""
+    data = clock.rates.labelled_completions
+    saved = 3 * 4 * clock.shape.parameters / (clock.rates.disk_gb * 1e9)
+    return [
+        Part("log-probs", 1.2 * clock.forward(data), 1, f"{data} completions, the held-out tenth twice more"),
+        *_update(clock, 0.9 * data, 1),
+        Part("models saved", saved, 1, "M_0, M_1 and model/, 4 P bytes each"),
+    ]
+
+
+def _update(clock: Clock, completions: float, iterations: int) -> list[Part]:
+    recipe, rates = clock.recipe, clock.rates
+    trained = trained_parameters(recipe, clock.shape)
+    seen = completions * recipe.num_train_epochs
+    seconds = clock.update(seen)
+    if recipe.reference_points in ("exact", "mismatched"):
+        seconds += 2 * clock.forward(seen)
+    steps = max(1, round(seen / recipe.train_batch_size))
+    seconds += steps * ADAM_BYTES * trained / rates.bandwidth
+    bytes_saved = 4 * clock.shape.parameters + (4 if recipe.lora_rank else 0) * trained + 8 * trained
+    saves = (steps - 1) // recipe.save_steps
+    parts = [Part("update", seconds, iterations, f"{seen * clock.length / 1e6:.1f} M tokens, {steps} steps")]
+    if saves:
+        written = saves * bytes_saved / (rates.disk_gb * 1e9)
+        parts.append(Part("checkpoints", written, iterations, f"{saves} of {bytes_saved / 1e9:.0f} GB (save_steps)"))
+    return parts
+
+
+def _fit(clock: Clock) -> Part:
+    """The head on four fifths of the labelled completions; where all features fit into their cache, the trunk runs
+    once, else in every epoch for the others."""
+    recipe, shape = clock.recipe, clock.shape
+    given = recipe.prm_dataset is not None
+    data = clock.rates.labelled_completions if given else recipe.prm_seed_problems * recipe.prm_seed_generations
+    fitted = data * (1 - 1 / HELD_OUT)
+    attention = recipe.prm_pooling == "attention"
+    numbers = (2 * shape.hidden_size + 2) * clock.completion if attention else shape.hidden_size * clock.rates.steps
+    cached = min(1.0, CACHED_BYTES / (4 * numbers * fitted))
+    pass_seconds = clock.forward(fitted, head=attention)
+    if recipe.prm_trunk == "trained":
+        seconds, how = (cached + 3 * recipe.prm_epochs) * pass_seconds, "forward and backward in every epoch"
+    else:
+        seconds = (cached + recipe.prm_epochs * (1 - cached)) * pass_seconds
+        how = f"{cached:.0%} of the features cached"
+    times = 1 if recipe.prm_trunk == "initial" else recipe.iterations + 1
+    return Part("PRM head", seconds, times, f"{recipe.prm_epochs} epochs, {how}")
+
+
+def _monte_carlo(clock: Clock, name: str, completions: float, times: int) -> Part:
+    """K continuations from the end of each step but the last, half a completion long on average; with prefix caching
+    each completion is prefilled once. They are sampled in chunks."""
+    count = completions * (clock.rates.steps - 1) * clock.recipe.mc_continuations
+    tokens = clock.completion / 2
+    seconds = clock.sample(count, completions * clock.length, tokens, calls=max(1, math.ceil(count / CHUNK)))
+    return Part(name, seconds, times, f"{count:,.0f} continuations of {tokens:.0f} tokens")
