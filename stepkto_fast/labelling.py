@@ -14,7 +14,9 @@ from .prm import PRM, calibrates, fit_prm, fits, seed_generations
 from .prm_files import load_prm
 from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
 from .sampler import context_length
+from .segmentation import step_style
 from .setup_run import Session, derived_seed, say_complaints
+from .task import asked_rows
 
 
 def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | None:
@@ -48,7 +50,10 @@ def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
         recipe.prm_dataset, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
     )
     longest = context_length(recipe, s.initial)
-    rollouts, complaints = labelled_rollouts(found.rows, s.tokenizer, max_length=longest)
+    rollouts, complaints = labelled_rollouts(
+        asked_rows(found.rows, recipe), s.tokenizer, max_length=longest,
+        style=step_style(recipe.step_style, recipe.step_pattern),
+    )  # fmt: skip
     complaints = found.complaints + complaints
     if "skipped_prm_rows" not in s.progress.counts:
         say_complaints(complaints, s.recorder, "rows of prm_dataset")

@@ -26,6 +26,7 @@ from .run_directory import Progress, RunDirectory
 from .sampler import context_length
 from .segmentation import step_statistics, step_style, style_warning
 from .setup_run import derived_seed, device_of, say_complaints
+from .task import asked_rows
 from .update import update
 
 HELD_OUT = 10  # every tenth prompt is never trained on
@@ -82,7 +83,7 @@ def read_data(
         source, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
     )
     rollouts, complaints = labelled_rollouts(
-        found.rows, tokenizer, max_length=context_length(recipe, model),
+        asked_rows(found.rows, recipe), tokenizer, max_length=context_length(recipe, model),
         style=step_style(recipe.step_style, recipe.step_pattern),
     )  # fmt: skip
     complaints = found.complaints + complaints

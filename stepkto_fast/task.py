@@ -47,6 +47,9 @@ class Task(Protocol):
     name: str
     exact_steps: bool  # whether check_steps judges; if not, it leaves all steps unlabelled
 
+    def held_out(self) -> tuple[list[Any], list[str]]:
+        """The problems of every evaluation, and what was wrong with rows that are left out."""
+
     def problems(self) -> Problems: ...
 
     def prompt(self, problem: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
@@ -71,6 +74,26 @@ class Task(Protocol):
 def open_task(recipe: Recipe) -> Task:
     """The recipe's task; close it when done."""
     return MathTask(recipe) if recipe.task == "math" else ArithmeticTask(recipe)
+
+
+def asked_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+    """Labelled rows whose prompt is a bare question (one message of the user) asked as the math task asks.
+
+    Other prompts, and those of other tasks, stay as they are.
+    """
+    if recipe.task != "math":
+        return list(rows)
+    instruction = math.INSTRUCTION if recipe.instruction is None else recipe.instruction
+    system = [{"role": "system", "content": recipe.system_prompt}] if recipe.system_prompt else []
+    asked = []
+    for row in rows:
+        prompt = row["prompt"]
+        if not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]:
+            question = prompt[0]["content"]
+            text = f"{question}\n\n{instruction}" if instruction else question
+            row = {**row, "prompt": [*system, {"role": "user", "content": text}]}
+        asked.append(row)
+    return asked
 
 
 def needs_seed(recipe: Recipe) -> bool:
@@ -104,15 +127,17 @@ class ArithmeticTask:
         self._recipe = recipe
         self._operations = range(recipe.min_operations, recipe.max_operations + 1)
 
+    def held_out(self) -> tuple[list[arithmetic.Problem], list[str]]:
+        recipe = self._recipe
+        if recipe.test_dataset:
+            found, complaints = arithmetic.read_problems(recipe.test_dataset)
+            return list(dict.fromkeys(found))[: recipe.num_test_problems], complaints
+        # The held-out problems do not depend on the seed, so that runs can be compared on them.
+        return arithmetic.problems(recipe.num_test_problems, "test", recipe.level, self._operations), []
+
     def problems(self) -> Problems:
         recipe, level, operations = self._recipe, self._recipe.level, self._operations
-        complaints: list[str] = []
-        if recipe.test_dataset:
-            test, complaints = arithmetic.read_problems(recipe.test_dataset)
-            test = list(dict.fromkeys(test))[: recipe.num_test_problems]
-        else:
-            # The held-out problems do not depend on the seed, so that runs can be compared on them.
-            test = arithmetic.problems(recipe.num_test_problems, "test", level, operations)
+        test, complaints = self.held_out()
         held_out = frozenset(p.prompt for p in test)
         if recipe.train_dataset:
             pool, more = arithmetic.read_problems(recipe.train_dataset)
@@ -178,13 +203,17 @@ class MathTask:
         self._recipe = recipe
         self._answers = AnswerChecker(workers=recipe.answer_workers, timeout=recipe.answer_timeout)
 
-    def problems(self) -> Problems:
+    def held_out(self) -> tuple[list[math.Problem], list[str]]:
         recipe = self._recipe
         test, complaints = self._read(recipe.test_dataset, recipe.test_split, "test")
-        test = test[: recipe.num_test_problems]
+        return test[: recipe.num_test_problems], complaints
+
+    def problems(self) -> Problems:
+        recipe = self._recipe
+        test, complaints = self.held_out()
         pool, more = self._read(recipe.train_dataset, recipe.train_split, "train")
-        held_out = {p.question for p in test}
-        pool = [p for p in pool if p.question not in held_out]
+        held_out = {" ".join(p.question.split()) for p in test}
+        pool = [p for p in pool if " ".join(p.question.split()) not in held_out]
         seed, train = _iterations(pool, recipe, recipe.prm_seed_problems if needs_seed(recipe) else 0, "train_dataset")
         return Problems(test, seed, train, complaints + more)
 

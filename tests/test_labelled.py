@@ -2,7 +2,7 @@
 
 import copy
 import json
-import warnings
+import re
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,7 +120,10 @@ def test_prm800k_phase_1_gives_the_path_and_its_alternatives(tmp_path):
         judged(rated("Look back.", 0), rated("Flagged.", -1, flagged=True)),
         judged(rated("# Answer\n\n12", 1)),
     )
-    prompt, path = user("How many legs have 3 cats?"), ["A cat has 4 legs.", "3 * 4 = 12", "Look back.", "# Answer\n\n12"]
+    prompt, path = (
+        user("How many legs have 3 cats?"),
+        ["A cat has 4 legs.", "3 * 4 = 12", "Look back.", "# Answer\n\n12"],
+    )
     assert converted(tmp_path, line) == [
         {"prompt": prompt, "completions": path, "labels": [True] * 4, "label": True},
         {"prompt": prompt, "completions": ["Count."], "labels": [False]},
@@ -213,7 +216,10 @@ def test_processbench_labels_end_at_the_first_error(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"completions": ...}, "column 'completions' is missing, which stepwise has: the row has label, labels, prompt"),
+        (
+            {"completions": ...},
+            "column 'completions' is missing, which stepwise has: the row has label, labels, prompt",
+        ),
         ({"labels": [True]}, "column 'labels' has 1 labels for 2 completions"),
         ({"labels": [True, 1]}, "column 'labels' mixes bool and int"),
         ({"labels": ["yes", 0]}, "column 'labels' mixes int and str"),
@@ -241,9 +247,8 @@ def test_processbench_labels_end_at_the_first_error(tmp_path):
 )
 def test_bad_stepwise_rows_are_named(tmp_path, change, message):
     row = {k: v for k, v in {**STEPWISE, **change}.items() if v is not ...}
-    assert pytest.raises(AssertionError, match=message) if not message else True
     said = complaint(tmp_path, row, STEPWISE)
-    assert __import__("re").match(message, said), said
+    assert re.match(message, said), said
 
 
 @pytest.mark.parametrize(
@@ -351,11 +356,19 @@ def test_the_format_is_told_by_the_columns(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"text": "a", "score": 1}], {}, "has the columns score, text, which no format fits. Known are stepwise: prompt"),
+        (
+            [{"text": "a", "score": 1}],
+            {},
+            "has the columns score, text, which no format fits. Known are stepwise: prompt",
+        ),
         ([b"x"], {}, r"jsonl:1: is not JSON.*, which no format fits. Known are .*processbench: problem, steps, label"),
         ([], {}, "has no row, which no format fits"),
         ([{**STEPWISE, **UNPAIRED}], {}, "jsonl:1 fits the formats stepwise and unpaired: name the one"),
-        ([UNPAIRED], {"format": "stepwise"}, r"no row that can be used as stepwise, of 1; the first complaint: .*:1: col"),
+        (
+            [UNPAIRED],
+            {"format": "stepwise"},
+            r"no row that can be used as stepwise, of 1; the first complaint: .*:1: col",
+        ),
         ([STEPWISE], {"format": "prm"}, "format 'prm' is not known: give auto, stepwise"),
         ([STEPWISE], {"neutral": "bad"}, "neutral 'bad' is not known"),
     ],
@@ -369,7 +382,7 @@ def test_a_source_without_usable_rows_is_an_error(tmp_path, rows, options, messa
 def pieces():
     """Byte-level tokens, some of which straddle a line break."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    merges = [("Ċ", "Ċ"), ("Ċ", "b"), ("a", "Ċ"), ("c", "d"), ("Ġ", "c")]
+    merges = [("Ċ", "Ċ"), ("Ċ", "b"), ("a", "Ċ"), ("d", "y"), ("c", "d"), ("Ġ", "c")]
     vocabulary = {t: n for n, t in enumerate(["<eos>", *alphabet, *("".join(m) for m in merges)])}
     tokenizer = Tokenizer(BPE(vocabulary, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -393,29 +406,129 @@ def assert_partition(r):
     assert "".join(r.steps) == r.completion
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@pytest.mark.filterwarnings("ignore:a prompt of the labelled dataset is tokenised otherwise")
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 @given(data=st.data(), separator=st.sampled_from(["\n", "\n\n", " ", "\n \n"]))
 def test_steps_partition_the_completion(pieces, words, data, separator):
-    steps = data.draw(st.lists(st.text("abcdxy é漢\n", min_size=1, max_size=6).filter(str.strip), min_size=1, max_size=5))
+    # These have no token of their own where a separator swallows them, and are refused.
+    texts = st.text("abcdxy é漢\n", min_size=1, max_size=6).filter(lambda s: s.strip() and s not in ("b", "c"))
+    steps = data.draw(st.lists(texts, min_size=1, max_size=5))
     labels = data.draw(st.lists(st.sampled_from([True, False, None]), min_size=len(steps), max_size=len(steps)))
-    row = {"prompt": "cc", "completions": steps, "labels": labels}
-    prompt = user("cc")
-    for tokenizer in (pieces, words):
-        ((one, chat), complaints) = labelled_rollouts(
-            [row, {**row, "prompt": prompt, "label": True}], tokenizer, separator=separator
-        )
+    for tokenizer, before in ((pieces, "xx"), (words, "xx ")):
+        row = {"prompt": before, "completions": steps, "labels": labels}
+        rollouts, complaints = labelled_rollouts([row, {**row, "prompt": user("xx")}], tokenizer, separator=separator)
         assert complaints == []
-        for r in (one, chat):
+        for r, prompt in zip(rollouts, (before, "xx\n"), strict=True):
             assert_partition(r)
             assert r.completion == separator.join(steps)
             assert r.step_labels == [{True: 1, False: 0, None: -1}[label] for label in labels]
-            whole = ("cc" if r is one else "cc\n") + r.completion + "<eos>"
-            assert r.prompt_ids + r.completion_ids == tokenizer(whole)["input_ids"]
-            assert len(r.completion_ids) == len(tokenizer(r.completion + "<eos>")["input_ids"])
-        for r in (one, chat):  # a step's tokens lie in its text, but for one that straddles its end
-            begin = 0
-            for end, text in zip(r.step_ends, r.steps, strict=True):
-                assert tokenizer.decode(r.completion_ids[begin:end]).removesuffix("<eos>").replace(" ", "") == (
-                    "".join(text.split(" ")) if tokenizer is pieces else tokenizer.decode(tokenizer(text)["input_ids"])
-                ).replace(" ", "")
-                begin = end
+            assert r.prompt_ids + r.completion_ids == tokenizer(prompt + r.completion + "<eos>")["input_ids"]
+        first, begin = rollouts[0], 0
+        for end, text in zip(first.step_ends, first.steps, strict=True):
+            ids = [token for token in first.completion_ids[begin:end] if token != tokenizer.eos_token_id]
+            assert tokenizer.decode(ids) == text if tokenizer is pieces else ids == tokenizer(text)["input_ids"]
+            begin = end
+
+
+def test_a_token_that_straddles_a_boundary_is_in_the_step_in_which_it_starts(pieces):
+    row = {"prompt": "x", "completions": ["x", "bx"], "labels": [True, False], "label": True}
+    ((r,), _) = labelled_rollouts([row], pieces)
+    assert [pieces.decode(ids) for ids in (r.completion_ids[: r.step_ends[0]], r.completion_ids[r.step_ends[0] :])] == [
+        "x\nb", "x<eos>",
+    ]  # fmt: skip
+    assert r.steps == ["x\nb", "x"]
+
+
+def test_rollouts_of_one_prompt_are_samples_of_one_problem(words, tmp_path):
+    one, other = {**STEPWISE, "prompt": "a "}, {**STEPWISE, "prompt": user("a"), "label": True}
+    unknown = {k: v for k, v in one.items() if k != "label"}
+    rollouts, complaints = labelled_rollouts([one, other, unknown, other], words)
+    assert complaints == []
+    assert [(r.problem_id, r.sample) for r in rollouts] == [(0, 0), (1, 0), (0, 1), (1, 1)]
+    assert [(r.label, r.verified) for r in rollouts] == [(False, True), (True, True), (False, False), (True, True)]
+    assert [r.prompt for r in rollouts] == ["a ", "a", "a ", "a"]
+    assert all(r.finished and r.completion_ids[-1] == words.eos_token_id and r.logps == [] for r in rollouts)
+    write_rollouts(rollouts, tmp_path / "x.parquet")
+    assert read_rollouts(tmp_path / "x.parquet") == rollouts
+
+
+def test_what_is_too_long_is_cut_or_named(words):
+    row = {"prompt": "a b ", "completions": ["a b", "b xy a"], "labels": [True, False], "label": True}
+    ((whole,), _) = labelled_rollouts([row], words, max_length=8)
+    assert (whole.finished, whole.step_ends, whole.step_labels) == (True, [2, 6], [1, 0])
+    with pytest.warns(UserWarning, match="1 labelled completions are longer than 6 tokens and were cut"):
+        ((cut,), complaints) = labelled_rollouts([row], words, max_length=6)
+    assert_partition(cut)
+    assert complaints == []
+    assert (cut.finished, cut.step_ends, cut.step_labels) == (False, [2, 4], [1, -1])
+    assert cut.completion == "a b\nb xy "
+    rollouts, complaints = labelled_rollouts([{**row, "where": "f:3"}], words, max_length=2)
+    assert (rollouts, complaints) == (
+        [], ["f:3: column 'prompt' has 2 tokens, which leaves none of 2 for the completion: allow for longer ones"]
+    )  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:a prompt of the labelled dataset is tokenised otherwise")
+def test_tokens_across_the_prompts_end_have_no_text_of_it(pieces, words):
+    row = {"prompt": "xcd", "completion": "yx", "label": True}
+    ((whole,), _) = labelled_rollouts([row], pieces)
+    assert pieces.convert_ids_to_tokens(whole.completion_ids) == ["c", "dy", "x", "<eos>"]
+    assert (whole.completion, whole.steps) == ("yx", ["yx"])
+    with pytest.warns(UserWarning, match="were cut"):
+        ((cut,), _) = labelled_rollouts([row], pieces, max_length=2)
+    assert (cut.completion, cut.step_ends) == ("", [1])
+    glued = {"prompt": "q", "completion": "a\nb", "label": True}  # "qa" is one unknown word, as "q" is
+    ((r,), _) = labelled_rollouts([glued], words)
+    assert_partition(r)
+    assert (r.completion, r.step_ends) == ("a\nb", [2])
+
+
+def test_unpaired_completions_are_cut_by_the_style(words):
+    row = {"prompt": "x ", "completion": "a b\n\nb a\nxy ки a\n", "label": True}
+    ((lines,), _) = labelled_rollouts([row], words)
+    assert lines.steps == ["a b\n\n", "b a\n", "xy ки a\n"]
+    ((blank,), _) = labelled_rollouts([row], words, style=step_style("blank_line"))
+    assert blank.steps == ["a b\n\n", "b a\nxy ки a\n"]
+    ((labelled,), _) = labelled_rollouts([{**row, "labels": [True, None, False]}], words)
+    assert (labelled.steps, labelled.step_labels) == (lines.steps, [1, -1, 0])
+    for r in (lines, blank, labelled):
+        assert_partition(r)
+    assert lines.step_labels == [-1] * 3
+
+
+def test_messages_take_the_chat_template(pieces):
+    chat = copy.deepcopy(pieces)
+    chat.chat_template = TEMPLATE
+    row = {**STEPWISE, "prompt": [{"role": "system", "content": "Add."}, *user("3 + 4?")], "where": "f:1"}
+    ((r,), complaints) = labelled_rollouts([row], chat)
+    assert complaints == []
+    assert r.prompt == chat.decode(r.prompt_ids) == "<system>Add.<eos><user>3 + 4?<eos><assistant>"
+    assert_partition(r)
+    assert r.completion == "3 + 4 = 7\nIt is 8"
+    refused = {**row, "prompt": [*user("a"), {"role": "tool", "content": "b"}], "where": "f:2"}
+    assert labelled_rollouts([refused], chat) == ([], ["f:2: column 'prompt': no tools here"])
+    assert labelled_rollouts([row], pieces)[1] == [
+        "f:1: column 'prompt': messages, but the tokenizer has no chat template: give a text, or a model that has one"
+    ]
+
+
+def test_rows_that_tokens_cannot_follow_are_named_and_the_others_kept(words):
+    swallowed = {"prompt": "x ", "completions": ["a", "b"], "labels": [None, None], "where": "f:2"}
+    miscounted = {**UNPAIRED, "labels": [True], "where": "f:3"}
+    rollouts, complaints = labelled_rollouts([STEPWISE, swallowed, miscounted, STEPWISE], words, separator="")
+    assert [(r.problem_id, r.sample) for r in rollouts] == [(0, 0), (0, 1)]
+    assert complaints[0].startswith("f:2: no token starts in step 1")
+    assert complaints[1].startswith("f:3 has 1 labels for 2 steps")
+
+
+def test_progress_is_told(words):
+    said = []
+    labelled_rollouts([STEPWISE] * 3, words, on_progress=lambda done, total: said.append((done, total)))
+    assert said == [(0, 3), (1, 3), (2, 3), (3, 3)]
+
+
+def test_a_tokenizer_without_an_end_is_refused(pieces):
+    endless = copy.deepcopy(pieces)
+    endless.eos_token = None
+    with pytest.raises(RunError, match="give a fast tokenizer with an eos_token"):
+        labelled_rollouts([STEPWISE], endless)

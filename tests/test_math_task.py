@@ -239,7 +239,7 @@ def written(path, rows) -> str:
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_a_file_needs_no_schema_where_its_columns_have_the_usual_names(tmp_path, kind):
     rows = [
-        {"question": "One?", "answer": "1"},
+        {"question": " One?\n", "answer": " 1 "},
         {"question": "Two thousand?", "answer": "It is <<2*1000=2000>>2000.\n#### 2,000"},
         {"question": "A half?", "answer": "so \\boxed{\\frac{1}{2}}"},
     ]
@@ -252,6 +252,7 @@ def test_a_file_needs_no_schema_where_its_columns_have_the_usual_names(tmp_path,
     assert not complaints
     assert [p.answer for p in found] == ["1", "2000", "\\frac{1}{2}", "\\{4\\}", "5.5"][: len(found)]
     assert len(found) == (5 if kind == "jsonl" else 3)
+    assert found[0].question == "One?"
     assert found[0].solution is None
     assert found[1].solution == "It is 2000.\nThe answer is $\\boxed{2000}$."
 
@@ -355,6 +356,7 @@ def test_the_last_box_is_found_with_every_brace_in_it(content, after):
 
 def test_other_ways_to_box():
     assert last_box("It is $\\boxed 5$.") == "5"
+    assert last_box("It is \\boxed 5.") == "5"
     assert last_box("It is \\fbox{6}.") == "6"
     assert last_box("It is \\boxed{\\text{(A)}\\ 7}") == "\\text{(A)}\\ 7"
     assert last_box("No box") is None

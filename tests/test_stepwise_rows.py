@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
-from stepkto_fast.stepwise_rows import tokenize_row
 from stepkto_fast.policy import build_tokenizer
 from stepkto_fast.segmentation import step_ends
+from stepkto_fast.stepwise_rows import tokenize_row
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -88,6 +88,8 @@ def test_a_token_belongs_to_the_step_in_which_it_starts(pieces, steps, expected)
 def test_a_step_without_a_token_of_its_own_is_refused(pieces):
     with pytest.raises(ValueError, match=r"row 7 of the train dataset: no token starts in step 1.*separator"):
         tokenized(pieces, ["c", "d", "e"], step_separator="")
+    with pytest.raises(ValueError, match=r"row 7 of the train dataset: no token starts in step 1"):
+        tokenized(pieces, ["c", "d"], step_separator="")  # there is only the end-of-sequence token
 
 
 def test_a_token_across_the_prompts_end_goes_to_the_first_step_with_a_warning(pieces):
