@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot hub lint clean
+.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot hub docs lint clean
 
 setup: $(STAMP)
 
@@ -96,6 +96,10 @@ aot: $(STAMP)
 # The package as Hugging Face's `kernels` loads it: kernels/build/<variant>. kernels/README.md says how to load it.
 hub: $(STAMP)
 	$(BIN)/python kernels/hub.py
+
+# The page of all settings, from their dataclasses.
+docs: $(STAMP)
+	$(BIN)/python -m stepkto_fast.settings_page > docs/settings.md.new && mv docs/settings.md.new docs/settings.md
 
 lint: $(STAMP)
 	$(BIN)/python -m ruff check .

@@ -14,6 +14,7 @@ COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {
     "tflops": ("TFLOP/s", "{:.3f}".format),
     "gb_per_s": ("GB/s", "{:.2f}".format),
     "tokens_per_s": ("tokens/s", "{:.0f}".format),
+    "answers_per_s": ("answers/s", "{:.0f}".format),
     "of_bare": ("of bare", "{:.2f}".format),
     "of_best_peer": ("x peer", "{:.2f}".format),
     "rho": ("rho", "{:.3f}".format),

@@ -17,7 +17,7 @@ from .recipe import Recipe
 def require_adapters(recipe: Recipe) -> None:
     """RunError when the package that `lora_rank` needs is not installed."""
     if recipe.lora_rank and importlib.util.find_spec("peft") is None:
-        raise RunError(f"lora_rank {recipe.lora_rank} needs peft: pip install peft, or --lora_rank 0")
+        raise RunError(f"lora_rank {recipe.lora_rank} needs peft: pip install 'stepkto-fast[lora]', or --lora_rank 0")
 
 
 def add_adapters(policy: PreTrainedModel, recipe: Recipe, seed: int) -> Callable[[], None]:

@@ -222,9 +222,9 @@ class AnswerChecker:
         """
         texts = [[None if answer is None else normalised(answer) for answer in given] for given in answers]
         classes = [{text: text for text in given if text is not None} for given in texts]  # to the first of its class
-        for direction in (1, -1):
+        for swapped in (False, True):
             open_pairs = [
-                [pair[::direction] for pair in combinations(first_of, 2) if first_of[pair[0]] != first_of[pair[1]]]
+                [(b, a) if swapped else (a, b) for a, b in combinations(first_of, 2) if first_of[a] != first_of[b]]
                 for first_of in classes
             ]
             same = self._same(pair for pairs in open_pairs for pair in pairs)

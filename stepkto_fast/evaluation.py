@@ -42,7 +42,7 @@ def evaluate(
     record = {
         "iteration": iteration,
         **solution_rates(greedy),
-        f"maj@{k}": majority_rate(sampled, task, k),
+        f"maj@{k}": sum(majority_hits(sampled, task, k)) / len(asked),
         "prm_f1": head_view.get("f1"),
         "weight_sync_max_abs_logp_diff": difference,
         "steps_judged_by": judge,
@@ -76,30 +76,40 @@ def judge_steps(rollouts: Sequence[Rollout], task: Task, prm: PRM | None, recipe
 def solution_rates(greedy: Sequence[Rollout]) -> dict[str, float | None]:
     """pass@1, flawed_correct (None when no right answer has judged steps) and step_accuracy of one completion a
     problem, by its step_labels."""
-    right = [r for r in greedy if r.label]
-    judged = [r for r in right if any(x != UNLABELLED for x in r.step_labels)]
-    steps = [x for r in greedy for x in r.step_labels if x != UNLABELLED]
+    flawed, judged = map(sum, zip(*map(flaw_counts, greedy), strict=True))
+    right_steps, steps = map(sum, zip(*map(step_counts, greedy), strict=True))
     return {
-        "pass@1": len(right) / len(greedy),
-        "flawed_correct": sum(0 in r.step_labels for r in judged) / len(judged) if judged else None,
-        "step_accuracy": sum(steps) / len(steps) if steps else None,
+        "pass@1": sum(r.label for r in greedy) / len(greedy),
+        "flawed_correct": flawed / judged if judged else None,
+        "step_accuracy": right_steps / steps if steps else None,
     }
 
 
-def majority_rate(sampled: Sequence[Rollout], task: Task, k: int) -> float:
-    """Share of problems whose most frequent answer among k samples is right (ties: the one sampled first)."""
+def flaw_counts(r: Rollout) -> tuple[int, int]:
+    """(1 if it has a wrong step, 1) of a right answer whose steps are judged, else (0, 0)."""
+    judged = r.label and any(x != UNLABELLED for x in r.step_labels)
+    return int(judged and 0 in r.step_labels), int(judged)
+
+
+def step_counts(r: Rollout) -> tuple[int, int]:
+    """How many of the solution's steps are right, and how many are judged."""
+    return r.step_labels.count(1), sum(x != UNLABELLED for x in r.step_labels)
+
+
+def majority_hits(sampled: Sequence[Rollout], task: Task, k: int) -> list[bool]:
+    """For each problem whether the most frequent answer among its k samples is right (ties: the one sampled first)."""
     groups = [sampled[n : n + k] for n in range(0, len(sampled), k)]
     chosen = task.majority([[r.answer for r in group] for group in groups])
-    return sum(n is not None and group[n].label for group, n in zip(groups, chosen, strict=True)) / len(groups)
+    return [n is not None and group[n].label for group, n in zip(groups, chosen, strict=True)]
 
 
 def write_solutions(greedy: Sequence[Rollout], task: Task, asked: Sequence[Asked], path: Path) -> None:
     """Greedy solutions as a parquet table for the report and for reading."""
     rows = [
         {
-            "problem_id": r.problem_id, "prompt": r.prompt, "answer": task.answer(a.problem), "completion": r.completion,
-            "steps": r.steps, "label": r.label, "step_labels": r.step_labels, "step_probs": r.step_probs,
-            "completion_tokens": len(r.completion_ids),
+            "problem_id": r.problem_id, "prompt": r.prompt, "answer": task.answer(a.problem),
+            "completion": r.completion, "steps": r.steps, "label": r.label, "step_labels": r.step_labels,
+            "step_probs": r.step_probs or None, "completion_tokens": len(r.completion_ids),
         }
         for r, a in zip(greedy, asked, strict=True)
     ]  # fmt: skip

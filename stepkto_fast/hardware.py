@@ -45,7 +45,9 @@ class Rates:
     prefill_utilisation: float = setting(0.4, "share of the peak that the engine reaches on prompts")
     bandwidth_efficiency: float = setting(0.6, "share of the bandwidth that decoding and the optimizer reach")
     launch_ms: float = setting(0.25, "least time of a decoding step, in ms a layer (kernels are launched one by one)")
-    max_sequences: int = setting(256, "sequences that the engine decodes together, at most")
+    max_sequences: int | None = setting(
+        None, "sequences that the engine decodes together, at most; none: vLLM's default for the device"
+    )
     prompt_tokens: int = setting(200, "mean length of a prompt")
     completion_share: float = setting(0.3, "mean length of a completion, as a share of max_completion_length")
     steps: int = setting(8, "mean number of steps of a completion")
@@ -64,7 +66,7 @@ class Rates:
             if not 0 <= getattr(self, key) <= 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
         for key in ("max_sequences", "prompt_tokens", "steps", "labelled_completions"):
-            if getattr(self, key) < 1:
+            if getattr(self, key) is not None and getattr(self, key) < 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
         for key in ("memory_gib", "bandwidth_tb", "bf16_tflops", "fp32_tflops", "disk_gb"):
             if getattr(self, key) is not None and not getattr(self, key) > 0:
@@ -78,6 +80,11 @@ class Rates:
         """The data sheet's numbers with the given ones over them."""
         sheet = DEVICES[self.gpu]
         return Device(*(getattr(self, name) or getattr(sheet, name) for name in Device.__annotations__))
+
+    @property
+    def sequences(self) -> int:
+        """max_sequences, or vLLM's default: 1024 from 70 GiB but for the A100, else 256."""
+        return self.max_sequences or (1024 if self.device.memory_gib >= 70 and self.gpu != "a100" else 256)
 
     @property
     def memory(self) -> float:

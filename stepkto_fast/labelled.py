@@ -5,6 +5,7 @@ Formats and the conventions of their conversion: docs/data.md.
 
 import json
 import warnings
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from .errors import RunError
 from .labelled_formats import FORMATS, Neutral
 from .rollout import Rollout
 from .rows import Row, RowError, read_rows
-from .segmentation import StepStyle, step_ends
+from .segmentation import StepStyle, step_boundaries
 from .stepwise_rows import Spans, spans
 
 LOOKED_AT = 100  # rows from whose columns a format is told
@@ -148,7 +149,7 @@ def labelled_rollouts(
             )
             continue
         if "completion" in row and "labels" not in row:
-            found.step_ends = step_ends(found.completion_ids, tokenizer, style)
+            found.step_ends = _ends(found, style)
             found.step_labels = [-1] * len(found.step_ends)
         key = json.dumps(row["prompt"], sort_keys=True)
         rollout = _rollout(found, row, problems.setdefault(key, len(problems)), tokenizer)
@@ -170,12 +171,17 @@ def _plain(prompt: Any, tokenizer: PreTrainedTokenizerBase) -> Any:
     raise ValueError("messages, but the tokenizer has no chat template: give a text, or a model that has one")
 
 
-def _rollout(found: Spans, row: dict[str, Any], problem: int, tokenizer: PreTrainedTokenizerBase) -> Rollout:
-    def begins(token: int) -> int:
-        """Where a token starts in the text; the token behind the last one, where the text ends."""
-        return max(found.starts[token], 0) if token < len(found.starts) else len(found.text)
+def _ends(found: Spans, style: StepStyle | None) -> list[int]:
+    """Token counts at which the steps end that `style` finds in the text."""
+    starts = found.starts[: len(found.completion_ids)]
+    inner = {bisect_left(starts, boundary) for boundary in step_boundaries(found.text, style)[:-1]}
+    return sorted(inner - {0} | {len(starts)})
 
-    bounds = [0, *(min(begins(end), len(found.text)) for end in found.step_ends)]
+
+def _rollout(found: Spans, row: dict[str, Any], problem: int, tokenizer: PreTrainedTokenizerBase) -> Rollout:
+    # Tokens of the prompt's end that were taken out of it start below 0; behind the last token, the text ends.
+    starts = [*(max(start, 0) for start in found.starts), len(found.text)]
+    bounds = [0, *(starts[end] for end in found.step_ends)]
     steps = [found.text[a:b] for a, b in pairwise(bounds)]
     return Rollout(
         problem_id=problem,

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 from .answers import Verdict
 from .collect import Asked, sample_rollouts, usable
 from .errors import RunError
-from .labelled import labelled_rollouts, read_labelled
+from .labelled import labelled_rollouts
 from .monte_carlo import agreement, consensus, estimate_cost, labels_of, monte_carlo_values
 from .prm import PRM, calibrates, fit_prm, fits, seed_generations
 from .prm_files import load_prm
@@ -45,10 +45,8 @@ def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | N
 
 def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
     recipe = s.recipe
-    assert recipe.prm_dataset is not None
-    found = read_labelled(
-        recipe.prm_dataset, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
-    )
+    found = s.prm_rows
+    assert found is not None
     longest = context_length(recipe, s.initial)
     rollouts, complaints = labelled_rollouts(
         asked_rows(found.rows, recipe), s.tokenizer, max_length=longest,

@@ -13,6 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import add_adapters, require_adapters
+from .command import open_device
 from .errors import RunError
 from .labelled import labelled_rollouts, read_labelled
 from .objective import log_probs
@@ -25,7 +26,7 @@ from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
 from .run_directory import Progress, RunDirectory
 from .sampler import context_length
 from .segmentation import step_statistics, step_style, style_warning
-from .setup_run import derived_seed, device_of, say_complaints
+from .setup_run import derived_seed, say_complaints
 from .task import asked_rows
 from .update import update
 
@@ -36,7 +37,7 @@ def train_offline(recipe: Recipe) -> dict:
     """Trains on `recipe.labelled_dataset` and returns what summary.json holds; RunError for what the user can mend."""
     if recipe.model is None:
         raise RunError("label_source dataset trains a given model: set model to a directory or a hub name")
-    device = device_of(recipe)
+    device = open_device(recipe.device)
     require_report(recipe)
     require_adapters(recipe)
     model, tokenizer = load_policy(recipe.model)

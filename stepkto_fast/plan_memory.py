@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from .hardware import GIB, Rates
 from .model_shape import ModelShape
 from .prm import CACHED_BYTES, TOKENS_A_STEP
-from .recipe import Recipe
+from .recipe import Recipe, needs_seed
 from .sampler_transformers import BATCH
-from .task import needs_seed
 
 PHASES = ("sampling", "PRM head", "log-probs", "backward", "optimizer")
 VOCAB_TILE = 128  # of the head's kernels

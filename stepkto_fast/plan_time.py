@@ -8,8 +8,8 @@ from .model_shape import ModelShape
 from .monte_carlo import CHUNK
 from .plan_memory import Cache, fits_head, trained_parameters, uses_vllm
 from .prm import CACHED_BYTES, HELD_OUT
-from .recipe import Recipe
-from .task import needs_seed
+from .recipe import Recipe, needs_seed
+from .sampler_transformers import BATCH
 
 ADAM_BYTES = 80  # read and written for each trained weight by an optimizer step of the multi-tensor form
 
@@ -73,7 +73,8 @@ class Clock:
     def sample(self, sequences: float, prefill_tokens: float, completion: float, calls: int = 1) -> float:
         """Prefill, then decoding in as many sequences together as there is room for; the end of the longest completion
         of each call is decoded alone. infinity where no sequence has room."""
-        together = min(sequences / calls, self.rates.max_sequences, self.held.sequences(self.length))
+        limit = self.rates.sequences if uses_vllm(self.recipe) else BATCH
+        together = min(sequences / calls, limit, self.held.sequences(self.length))
         if together < 1:
             return float("inf")
         peak = self.rates.flops(self.recipe.bf16 and uses_vllm(self.recipe))

@@ -6,7 +6,7 @@ nothing: no GPU, no weights, no data, and no network where the shape is known. `
 
 import math
 import sys
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from rich.console import Console
@@ -203,10 +203,9 @@ def print_plan(p: Plan, console: Console) -> None:
     table = Table(title="rates and assumptions: --key value sets each")
     for name in ("key", "value", "what"):
         table.add_column(name)
+    used = asdict(p.rates) | asdict(p.rates.device) | {"max_sequences": p.rates.sequences}
     for f in fields(p.rates):
-        value = getattr(p.rates, f.name)
-        shown = getattr(p.rates.device, f.name) if value is None else value
-        table.add_row(f.name, str(shown), f.metadata["help"])
+        table.add_row(f.name, str(used[f.name]), f.metadata["help"])
     console.print(table)
     for line in summary(p):
         console.print(line, markup=False, soft_wrap=True)

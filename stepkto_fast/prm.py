@@ -127,8 +127,8 @@ def fit_prm(
     fitting, calibrating = ([r for r in part if set(r.step_labels) - {UNLABELLED}] for part in (fitting, calibrating))
     if not fitting or not calibrating:
         raise RunError(
-            f"{len(fitting)} completions with labelled steps to fit the PRM head on, {len(calibrating)} to calibrate it: "
-            "both need some; give more labelled problems"
+            f"{len(fitting)} completions with labelled steps to fit the PRM head on, {len(calibrating)} to calibrate "
+            "it: both need some; give more labelled problems"
         )
     train_trunk = settings.prm_trunk == "trained"
     trunk = copy.deepcopy(policy) if train_trunk and copy_trunk else policy

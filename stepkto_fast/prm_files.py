@@ -1,8 +1,10 @@
 """A PRM on the disk: the head's tensors and settings, and its trunk where that is not the model beside them.
 
-prm_head.safetensors   the head: weights, standardisation, calibration
-prm_config.json        pooling, sizes, temperature, where the trunk is, and a checksum of it
-prm_trunk/             the trunk as save_pretrained writes it, unless it is the model in the same directory
+prm_head/head.safetensors  the head: weights, standardisation, calibration
+prm_config.json            pooling, sizes, temperature, where the trunk is, and a checksum of it
+prm_trunk/                 the trunk as save_pretrained writes it, unless it is the model in the same directory
+
+The head has a folder of its own because vLLM takes every *.safetensors file beside a model for weights of the model.
 """
 
 import json
@@ -22,7 +24,7 @@ from .policy import load_policy
 from .prm import PRM
 from .prm_head import HEADS
 
-HEAD, CONFIG, TRUNK = "prm_head.safetensors", "prm_config.json", "prm_trunk"
+HEAD, CONFIG, TRUNK = "prm_head/head.safetensors", "prm_config.json", "prm_trunk"
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ def save_prm(
         pooling=prm.head.pooling, hidden_size=prm.trunk.config.get_text_config().hidden_size,
         temperature=prm.temperature, trunk=TRUNK if own_trunk else ".", trunk_checksum=checksum(prm.trunk),
     )  # fmt: skip
+    (folder / HEAD).parent.mkdir(exist_ok=True)
     with replacing(folder / HEAD) as unfinished:
         save_file({k: v.detach().cpu().contiguous() for k, v in prm.head.state_dict().items()}, unfinished)
     with replacing(folder / CONFIG) as unfinished:

@@ -195,9 +195,11 @@ class Recipe:
         ):
             if not getattr(self, key) > 0:
                 raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
-        for key in ("misconceptions", "misconception_rate", "slip_rate", "mc_threshold"):
+        for key in ("misconceptions", "misconception_rate", "slip_rate"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
+        if not 0 < self.mc_threshold <= 1:
+            raise RunError(f"mc_threshold is {self.mc_threshold}: give a share above 0, up to 1")
         if self.hidden_size % (2 * self.num_heads):
             raise RunError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads ({self.num_heads})")
         if self.max_operations < self.min_operations:
@@ -221,6 +223,11 @@ class Recipe:
                 f"reference_points mismatched needs completions of several prompts in a batch: raise train_batch_size "
                 f"({self.train_batch_size}) well above num_generations ({self.num_generations})"
             )
+
+
+def needs_seed(recipe: Recipe) -> bool:
+    """Whether labels come from a PRM head that is fitted on samples of the run's own problems."""
+    return recipe.label_source in ("head", "consensus") and recipe.prm is None and recipe.prm_dataset is None
 
 
 def parse_recipe(argv: list[str]) -> Recipe:

@@ -34,7 +34,6 @@ from transformers import PreTrainedTokenizerBase
 from .errors import RunError
 from .rollout import Rollout
 
-BOUNDARY = re.compile(r"\n+\s*")
 # Repeats of blanks are bounded, so that a line of nothing but blanks is not read once for each of them.
 _OPENING = {
     "step": re.compile(
@@ -50,7 +49,7 @@ _OPENING = {
     ),
 }
 _ENDING = {
-    "lines": BOUNDARY,
+    "lines": re.compile(r"\n+\s*"),
     "blank_line": re.compile(r"\n\s*\n\s*"),
     "shepherd": re.compile(r"(?<![^\W\d_])ки(?![^\W\d_])\s*"),
 }

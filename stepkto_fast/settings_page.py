@@ -4,6 +4,7 @@ import sys
 from dataclasses import Field, dataclass, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from .eval import EvalSettings
 from .eval_prm import PRMEvaluation
 from .hardware import Rates
 from .recipe import Recipe
@@ -19,12 +20,19 @@ the command line wins. An unknown key is refused, with the one that was meant. T
 
 @dataclass(frozen=True)
 class Command:
-    """A command and its settings. `sections`: first key of each section -> its title, in the dataclass's order."""
+    """A command and its settings. `sections`: first key of each section -> its title, in the dataclass's order.
+
+    Settings that are inherited stand under the command they belong to; `note` says so.
+    """
 
     title: str
     usage: str
     settings: type
     sections: dict[str, str]
+    note: str = ""
+
+    def fields(self) -> list[Field]:
+        return [f for f in fields(self.settings) if f.name in self.settings.__annotations__]
 
 
 COMMANDS = (
@@ -44,6 +52,10 @@ COMMANDS = (
         "Evaluating a PRM head", "python -m stepkto_fast.eval_prm [file.yaml] [--key value ...]", PRMEvaluation, {}
     ),
     Command(
+        "Evaluating a model", "python -m stepkto_fast.eval [file.yaml] --model DIR [--key value ...]", EvalSettings, {},
+        "All keys of the training loop, of which it looks at those of problems, model, sampling and steps; and",
+    ),
+    Command(
         "The planner", "python -m stepkto_fast.train [recipe.yaml] --plan [--key value ...]", Rates,
         {
             "gpu": "The device", "utilisation": "Rates", "max_sequences": "What a run looks like",
@@ -60,9 +72,9 @@ def page() -> str:
 
 def _command(command: Command) -> list[str]:
     types = get_type_hints(command.settings)
-    parts = [f"## {command.title}\n", f"    {command.usage}\n"]
+    parts = [f"## {command.title}\n", f"    {command.usage}\n", *([f"{command.note}\n"] if command.note else [])]
     rows: list[str] = []
-    for f in fields(command.settings):
+    for f in command.fields():
         if f.name in command.sections or not rows:
             parts += [*rows, ""] if rows else []
             title = command.sections.get(f.name)
@@ -88,7 +100,7 @@ def _default(f: Field) -> str:
     if f.default is None:
         return "none"
     if f.default == "":
-        return "must be given"
+        return "empty"
     shown = str(f.default).lower() if isinstance(f.default, bool) else str(f.default)
     return f"`{shown.encode('unicode_escape').decode()}`"
 

@@ -3,20 +3,24 @@
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import require_adapters
 from .collect import Asked, ask
+from .command import open_device
 from .errors import RunError
+from .labelled import Labelled, read_labelled
 from .policy import build_policy, load_policy
-from .recipe import Recipe
+from .prm_files import CONFIG as PRM_CONFIG
+from .recipe import Recipe, needs_seed
 from .recorder import Recorder, require_report
 from .run_directory import Progress, RunDirectory
 from .sampler import Sampler, open_sampler, require_engine
-from .task import Problems, Task, needs_seed
+from .segmentation import step_style
+from .task import Problems, Task
 from .warm_start import examples, fine_tune
 
 
@@ -33,7 +37,7 @@ def make_initial_policy(
     model = build_policy(
         shown.tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
         max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
-    ).to(device_of(recipe))  # fmt: skip
+    ).to(open_device(recipe.device))  # fmt: skip
     with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
         fine_tune(
             model, examples(task, shown), steps=recipe.warm_start_steps, batch_size=recipe.warm_start_batch_size,
@@ -41,17 +45,6 @@ def make_initial_policy(
             on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
         )  # fmt: skip
     return model, shown.tokenizer
-
-
-def device_of(recipe: Recipe) -> torch.device:
-    """The recipe's device; RunError when it is not there."""
-    name = recipe.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"device {name!r} is not available here ({str(error).splitlines()[0]}); use --device cpu"
-        ) from error
 
 
 def say_complaints(complaints: list[str], recorder: Recorder, what: str) -> None:
@@ -77,6 +70,7 @@ class Session:
     test: list[Asked]  # held-out problems
     seed: list[Asked]  # those that the PRM head is fitted on
     train: list[list[Asked]]  # of each iteration
+    prm_rows: Labelled | None  # prm_dataset, where the recipe has one
 
 
 def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
@@ -84,7 +78,13 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     with `resume` the M_t of the newest checkpoint."""
     # Whatever can be wrong is found out before anything on the disk is touched.
     require_labels(recipe, task)
-    device, problems = device_of(recipe), task.problems()
+    step_style(recipe.step_style, recipe.step_pattern)
+    device, problems, prm_rows = open_device(recipe.device), task.problems(), None
+    if recipe.prm_dataset is not None:
+        prm_rows = read_labelled(
+            recipe.prm_dataset, format=recipe.labelled_format, split=recipe.labelled_split,
+            neutral=recipe.labelled_neutral,
+        )  # fmt: skip
     require_engine(recipe)
     require_report(recipe)
     require_adapters(recipe)
@@ -119,11 +119,15 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
         f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "
         f"{sampler.name}, from {at} to M_{recipe.iterations}, in {run.path}"
     )
-    return Session(recipe, task, run, progress, recorder, sampler, tokenizer, initial, test, seed, train), policy
+    return Session(
+        recipe, task, run, progress, recorder, sampler, tokenizer, initial, test, seed, train, prm_rows
+    ), policy
 
 
 def require_labels(recipe: Recipe, task: Task) -> None:
-    """RunError when the task cannot give the step labels that the recipe asks for."""
+    """RunError when nothing can give the step labels that the recipe asks for."""
+    if recipe.prm is not None and not (Path(recipe.prm) / PRM_CONFIG).is_file():
+        raise RunError(f"prm {recipe.prm!r} holds no {PRM_CONFIG}: give a directory that train_prm wrote")
     if task.exact_steps:
         return
     if recipe.label_source == "checker":

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from .objective import seen_labels
 from .packing import pack
 from .rollout import UNLABELLED, Rollout
-from .segmentation import BOUNDARY
+from .segmentation import step_boundaries
 
 COLUMNS = ("prompt_ids", "completion_ids", "step_ends", "step_labels", "label", "ref_logps")
 
@@ -106,10 +106,11 @@ def spans(
         )
     prompt_ids, completion_ids, starts = _encode(row, where, dataset, text, tokenizer)
     steps = [bisect_right(characters[:-1], start) for start in starts]
-    empty = set(range(len(characters))) - set(steps)
+    written = [step for step, start in zip(steps, starts, strict=True) if start < len(text)]  # not the mark at the end
+    empty = set(range(len(characters))) - set(written)
     if empty:
         raise ValueError(
-            f"{where}: no token starts in step {min(empty)}, the one before has swallowed it: join the two, or choose "
+            f"{where}: no token starts in step {min(empty)}, what is before has swallowed it: join the two, or choose "
             f"another step_separator than {step_separator!r}"
         )
     ends = [bisect_right(steps, step) for step in range(len(characters))]
@@ -143,8 +144,7 @@ def _text(row: dict[str, Any], where: str, separator: str, labelled: bool) -> tu
         )
     if not labelled:
         return text, [len(text)]
-    lines = [m.end() for m in BOUNDARY.finditer(text) if text[: m.start()].strip() and m.end() < len(text)]
-    return text, [*lines, len(text)]
+    return text, step_boundaries(text)
 
 
 def _labels(row: dict[str, Any], where: str) -> list[int] | None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from .answers import AnswerChecker, Verdict
 from .errors import RunError
 from .policy import build_byte_tokenizer, build_tokenizer
-from .recipe import Recipe
+from .recipe import Recipe, needs_seed
 from .rollout import UNLABELLED
 from .tasks import arithmetic, math
 
@@ -94,11 +94,6 @@ def asked_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str,
             row = {**row, "prompt": [*system, {"role": "user", "content": text}]}
         asked.append(row)
     return asked
-
-
-def needs_seed(recipe: Recipe) -> bool:
-    """Whether labels come from a PRM head that is fitted on samples of the run's own problems."""
-    return recipe.label_source in ("head", "consensus") and recipe.prm is None and recipe.prm_dataset is None
 
 
 def _iterations(pool: list[Any], recipe: Recipe, seeds: int, purpose: str) -> tuple[list[Any], list[list[Any]]]:

@@ -5,16 +5,13 @@ by Step-KTO. `_iterate` is the whole loop; every line of it is a phase in `label
 On labelled data (`label_source: dataset`) there are no rollouts: `offline.py`.
 """
 
-import logging
 import sys
 import time
 from contextlib import closing
 
-import torch
-from transformers.utils import logging as transformers_logging
-
+from . import planner
 from .adapters import add_adapters
-from .errors import RunError
+from .command import run_command
 from .labelling import fit_head
 from .offline import train_offline
 from .phases import collect, finish, frozen_copy, judge
@@ -65,19 +62,17 @@ def _iterate(recipe: Recipe, task: Task) -> dict:
 
 
 def main(argv: list[str]) -> int:
-    """The command line. 0 when the run ended well, 1 with one message where the user can mend something."""
+    """The command line. 0 when the run ended well, 1 with one message where the user can mend something.
+
+    With `--plan` nothing runs: what the recipe needs is computed and printed.
+    """
+    if "--plan" in argv:
+        return planner.main([word for word in argv if word != "--plan"])
     start = time.monotonic()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    logging.captureWarnings(True)
-    torch.set_float32_matmul_precision("highest")
-    try:
-        train(parse_recipe(argv))
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"done in {time.monotonic() - start:.0f} s")
-    return 0
+    code = run_command(lambda: train(parse_recipe(argv)))
+    if code == 0:
+        print(f"done in {time.monotonic() - start:.0f} s")
+    return code
 
 
 if __name__ == "__main__":

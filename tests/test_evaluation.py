@@ -3,7 +3,7 @@
 import pyarrow.parquet as pq
 
 from stepkto_fast.collect import Asked, usable
-from stepkto_fast.evaluation import judge_steps, majority_rate, solution_rates, write_solutions
+from stepkto_fast.evaluation import judge_steps, majority_hits, solution_rates, write_solutions
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.rollout import Rollout
 from stepkto_fast.task import ArithmeticTask
@@ -64,11 +64,12 @@ def test_steps_are_judged_by_the_checker_where_there_is_one_else_by_the_head():
 
 
 def rate(golds, answers, k):
-    """majority_rate of samples with these boxed answers, k a problem."""
+    """Maj@k of samples with these boxed answers, k a problem."""
     texts = ["" if a is None else f"Answer: \\boxed{{ {a} }}" for a in answers]
     problems = [p for p in golds for _ in range(k)]
     verdicts = TASK.judge(problems, texts, [True] * len(texts))
-    return majority_rate([solution(t, v.right, answer=v.answer) for t, v in zip(texts, verdicts, strict=True)], TASK, k)
+    sampled = [solution(t, v.right, answer=v.answer) for t, v in zip(texts, verdicts, strict=True)]
+    return sum(majority_hits(sampled, TASK, k)) / len(golds)
 
 
 def test_majority_counts_answers_not_samples():

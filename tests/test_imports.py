@@ -24,7 +24,7 @@ LAYERS = [
     {"labelling", "phases", "offline"},
     {"plan_memory", "plan_time"},
     {"planner"},
-    {"train", "train_prm", "eval_prm", "settings_page"},
+    {"train", "train_prm", "eval", "eval_prm", "settings_page"},
     {"integrations"},
 ]
 # Each optional package is imported in exactly one module.

@@ -22,9 +22,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 from trl import KTOConfig, KTOTrainer
 
 from stepkto_fast.integrations.packed_forward import add_packed_forward
-from stepkto_fast.stepwise_rows import collate
 from stepkto_fast.integrations.trl_trainer import POINTS_FILE, StepKTOConfig, StepKTOTrainer
 from stepkto_fast.policy import build_policy, build_tokenizer
+from stepkto_fast.stepwise_rows import collate
 
 
 def make_rows(count=16, seed=0):

@@ -1,10 +1,12 @@
 """The planner's formulas against models of transformers, and what it says of a recipe that does not fit."""
 
+import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
 from rich.console import Console
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -21,6 +23,7 @@ from stepkto_fast.attention import NAME
 from stepkto_fast.errors import RunError
 from stepkto_fast.hardware import DEVICES, GIB, Rates
 from stepkto_fast.model_shape import KNOWN, LLAMA_8B, QWEN_1_5B, ModelShape, shape_of, shape_of_config
+from stepkto_fast.monte_carlo import CHUNK
 from stepkto_fast.packing import pack
 from stepkto_fast.plan_memory import PHASES, cache, memory, peak
 from stepkto_fast.plan_time import times
@@ -118,6 +121,37 @@ def test_activations_of_a_packed_micro_batch(config, kind, bf16, lora_rank):
     assert bool(copies) == bf16
 
 
+@pytest.mark.parametrize("lora_rank", [0, 8])
+def test_operations_of_the_trunk(lora_rank):
+    """Products that torch counts in a forward and a backward: 2 a weight and token, and twice that (LoRA: once)."""
+    config = LlamaConfig(**SMALL)
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation(NAME)
+    add_adapters(model, Recipe(lora_rank=lora_rank), seed=0)
+    batch = pack([Rollout(0, 0, "", [3] * 30, "", [4] * 70, [], True, [""], [70])])
+    shape, tokens = shape_of_config(config, "small"), 100
+    counts = []
+    for backward in (False, True):
+        with FlopCounterMode(display=False) as counter:
+            states = hidden_states(model, batch)
+            if backward:
+                states.sum().backward()
+        products = counter.get_flop_counts()["Global"]
+        counts.append(sum(n for op, n in products.items() if "scaled_dot_product" not in str(op)))
+    adapters = shape.adapter_parameters(lora_rank) if lora_rank else 0
+    assert counts[0] == 2 * tokens * (shape.linear_parameters + adapters)
+    # With LoRA the first layer's q, k and v have no input gradient: nothing below them is trained.
+    expected = tokens * ((4 if lora_rank else 6) * shape.linear_parameters + 6 * adapters)
+    assert counts[1] == pytest.approx(expected, rel=0.06 if lora_rank else 0)
+    assert shape.forward_flops(0) == 2 * shape.linear_parameters
+
+
+def test_operations_of_causal_attention():
+    # Half of all pairs of 1000 positions, 2 products of 2 d operations for each head.
+    attention = 1000 * (LLAMA_8B.forward_flops(1000) - LLAMA_8B.forward_flops(0))
+    assert attention == 32 * 32 * (1000 * 1000 / 2) * 2 * 2 * 128
+
+
 def test_varlen_attention_repeats_grouped_keys_and_values():
     # q, k, v and the output in bf16 at full width, against k and v at their own and a second copy of the output.
     one, other = (LLAMA_8B.activation_bytes(bf16=True, varlen=varlen) for varlen in (True, False))
@@ -142,6 +176,7 @@ def test_full_training_holds_five_copies_of_the_weights():
     held = sum(v for (name, _), v in found.items() if name in ("policy", "M_0", "gradients", "AdamW moments"))
     assert held == 20 * LLAMA_8B.parameters
     assert found["AdamW temporary", ("optimizer",)] == 4 * LLAMA_8B.parameters
+    assert ("AdamW temporary", ("optimizer",)) not in amounts(LLAMA, gpu="cpu")
 
 
 @pytest.mark.parametrize(
@@ -176,15 +211,18 @@ def test_offline_training_has_no_engine_and_no_second_model():
     assert found.parts[1].note.startswith(f"{0.9 * 10_000 * (200 + 0.3 * 2048) / 1e6:.1f} M tokens")
 
 
-def test_update_time_is_flops_over_the_stated_rate():
+@pytest.mark.parametrize("lora_rank", [0, 16])
+def test_update_time_is_flops_over_the_stated_rate(lora_rank):
     rates = Rates(utilisation=0.5, kept_pairs=0.0, kept_blocks=0.0, launch_ms=0.0)
-    recipe = replace(LLAMA, num_prompts=10, num_generations=10, train_batch_size=100, reference_points="zero")
+    recipe = replace(LLAMA, num_prompts=10, num_generations=10, train_batch_size=100, lora_rank=lora_rank)
     part = {p.name: p for p in plan(recipe, rates).parts}["update"]
     c = 0.3 * 2048
-    trunk = 3 * (200 + c) * (2 * LLAMA_8B.linear_parameters + 32 * 2 * 4096 * (200 + c))
+    adapters = LLAMA_8B.adapter_parameters(16) if lora_rank else 0
+    forwards = 2 if lora_rank else 3  # frozen weights need no gradient
+    trunk = forwards * (2 * LLAMA_8B.linear_parameters + 32 * 2 * 4096 * (200 + c)) + 6 * adapters
     head = c * 2 * 4096 * 128256  # with nothing to visit, the backward of the head is free
-    adam = 80 * LLAMA_8B.parameters / (4.8e12 * 0.6)
-    assert part.seconds == pytest.approx(100 * (trunk + head) / (0.5 * 989e12) + adam)
+    adam = 80 * (adapters or LLAMA_8B.parameters) / (4.8e12 * 0.6)
+    assert part.seconds == pytest.approx(100 * ((200 + c) * trunk + head) / (0.5 * 989e12) + adam)
     assert part.times == 3
 
 
@@ -225,6 +263,33 @@ def test_parts_follow_the_label_source():
     assert names(prm_dataset="math-shepherd") & head == {"PRM head", "head's labels"}
 
 
+def test_how_often_and_how_much():
+    rates = Rates(launch_ms=1000.0, max_sequences=8)  # every decoding step takes 32 s, whatever it does
+    recipe = replace(LLAMA, label_source="monte_carlo", iterations=5)
+    found = {p.name: p for p in plan(recipe, rates).parts}
+    assert {name: p.times for name, p in found.items()} == {
+        "evaluation": 6, "rollouts": 5, "Monte-Carlo labels": 5, "log-probs": 5, "update": 5, "checkpoints": 5,
+        "models saved": 1,
+    }  # fmt: skip
+    count, length = 500 * 8 * 7 * 8, 0.3 * 2048 / 2
+    labels = found["Monte-Carlo labels"]
+    assert labels.note == f"{count:,} continuations of {length:.0f} tokens"
+    steps = count / 8 * length + math.ceil(count / CHUNK) * (2048 - length)
+    assert labels.seconds == pytest.approx(32 * steps, rel=1e-4)
+    # 63 steps: two checkpoints of weights and moments at 1 GB/s.
+    assert found["checkpoints"].seconds == pytest.approx(2 * 12 * LLAMA_8B.parameters / 1e9)
+    assert found["models saved"].seconds == pytest.approx(7 * 4 * LLAMA_8B.parameters / 1e9)
+
+
+def test_offline_log_probs_are_taken_of_all_and_twice_of_the_held_out():
+    offline = replace(LLAMA, label_source="dataset", labelled_dataset="rows.jsonl")
+    one, other = (
+        {p.name: p for p in plan(r, Rates()).parts}["log-probs"].seconds
+        for r in (offline, replace(LLAMA, num_prompts=1250))
+    )
+    assert one == pytest.approx(1.2 * other)
+
+
 def test_more_of_everything_takes_longer():
     base = plan(LLAMA, Rates()).seconds
     for change in ({"iterations": 4}, {"num_prompts": 600}, {"num_train_epochs": 2}, {"mc_continuations": 16}):
@@ -251,12 +316,24 @@ def test_advice_makes_the_run_fit():
         assert plan(mended, Rates(gpu=gpu)).complaint is None, said
 
 
-def test_the_largest_micro_batch_that_fits_is_advised():
-    recipe = replace(LLAMA, lora_rank=16, max_tokens_per_micro_batch=32768)
+@pytest.mark.parametrize("tokens", [32768, 32768 - 256])
+def test_the_largest_micro_batch_that_fits_is_advised(tokens):
+    recipe = replace(LLAMA, lora_rank=16, max_tokens_per_micro_batch=tokens)
     tokens = int(advice(plan(recipe, Rates())).split()[-1])
     for more, fits in ((0, True), (256, False)):
         mended = replace(recipe, max_tokens_per_micro_batch=tokens + more)
         assert (plan(mended, Rates()).complaint is None) == fits
+
+
+def test_one_setting_alone_is_advised_where_one_is_enough():
+    assert advice(plan(LLAMA, Rates(gpu="h200"))) == "set lora_rank to 16"
+
+
+def test_rates_are_split_from_the_recipes_words():
+    words = ["r.yaml", "--gpu", "h100", "--steps=4", "extra", "--beta", "0.2", "--memory-gib", "80"]
+    assert planner.split_arguments(words) == (
+        ["--gpu", "h100", "--steps=4", "--memory-gib", "80"], ["r.yaml", "extra", "--beta", "0.2"]
+    )  # fmt: skip
 
 
 def test_advice_says_when_nothing_helps():
@@ -302,6 +379,14 @@ def test_rates_are_overridable_and_checked():
     for key, value in (("utilisation", 0.0), ("kept_pairs", 2.0), ("steps", 0), ("disk_gb", 0.0), ("launch_ms", -1.0)):
         with pytest.raises(RunError, match=f"{key} is {value}"):
             Rates(**{key: value})
+
+
+def test_how_many_sequences_vllm_decodes_together():
+    assert [Rates(gpu=gpu).sequences for gpu in ("h200", "a100", "l40s", "cpu")] == [1024, 256, 256, 256]
+    assert Rates(max_sequences=7).sequences == 7
+    # Sixteen at a time take at least as long as a thousand.
+    few, many = (plan(LLAMA, Rates(gpu="b300", max_sequences=n)).seconds for n in (16, 1000))
+    assert few > 2 * many
 
 
 def test_rates_and_recipes_share_no_key():

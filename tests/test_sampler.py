@@ -1,6 +1,7 @@
 """Both engines behind one interface: the same policy, the same log-probs, reproducible samples, synced weights."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from stepkto_fast.errors import RunError
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.run_directory import save_pretrained
 from stepkto_fast.sampler import open_sampler
+from stepkto_fast.task import ArithmeticTask
 from stepkto_fast.tasks import arithmetic
 
 VLLM = pytest.param(
@@ -33,8 +35,9 @@ def engine(request, tmp_path_factory, tokenizer):
 
 def draw(engine, problems, tokenizer, n=3, temperature=0.8, seed=5):
     recipe, model, sampler = engine
-    asked, _ = ask(problems[:6], tokenizer, model, recipe)
-    return sample_rollouts(sampler, asked, tokenizer, recipe, n=n, temperature=temperature, seed=seed)
+    task = ArithmeticTask(recipe)
+    asked, _ = ask(task, problems[:6], tokenizer, model, recipe)
+    return sample_rollouts(sampler, task, asked, tokenizer, recipe, n=n, temperature=temperature, seed=seed)
 
 
 def test_sampled_log_probs_are_the_models_after_every_sync(engine, problems, tokenizer):
@@ -125,13 +128,53 @@ def test_completions_end_with_eos_or_at_the_limit(engine, problems, tokenizer):
     assert {r.finished for r in rollouts} == {True, False}
 
 
+def test_each_prompt_has_a_limit_of_its_own(engine, problems, tokenizer):
+    """Greedy completions are those of one large limit, cut; prompts and limits are in no order."""
+    _, model, sampler = engine
+    sampler.sync(model)
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:8]]
+    limits = [24, 3, 11, 1, 24, 7, 2, 16]
+    draw = {"n": 1, "temperature": 0.0, "seed": 0}
+    cut = sampler.sample(prompts, max_tokens=limits, **draw)
+    for (whole,), (part,), limit in zip(sampler.sample(prompts, max_tokens=24, **draw), cut, limits, strict=True):
+        assert part.token_ids == whole.token_ids[:limit]
+        assert part.finished == (whole.finished and len(whole.token_ids) <= limit)
+    seen = set()
+    sampled = sampler.sample(prompts, n=20, temperature=1.2, max_tokens=limits, seed=3)
+    for row, limit in zip(sampled, limits, strict=True):
+        assert len(row) == 20
+        for s in row:
+            assert 1 <= len(s.token_ids) == len(s.logps) <= limit
+            assert s.finished == (s.token_ids[-1] == tokenizer.eos_token_id)
+            assert s.finished or len(s.token_ids) == limit
+            seen.add((s.finished, len(s.token_ids) == limit))
+    assert seen == {(True, False), (True, True), (False, True)}
+
+
+def test_one_limit_for_all_is_the_same_as_one_for_each(engine, problems, tokenizer):
+    _, model, sampler = engine
+    sampler.sync(model)
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:6]]
+    draw = {"n": 2, "temperature": 1.0, "seed": 8}
+    assert sampler.sample(prompts, max_tokens=[9] * 6, **draw) == sampler.sample(prompts, max_tokens=9, **draw)
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"),
+    [([5], "max_tokens has 1 entries for 2 prompts"), ([5, 0], r"max_tokens\[1\] is 0"), (0, r"max_tokens\[0\] is 0")],
+)
+def test_limits_that_cannot_be_kept_are_refused(engine, limits, message):
+    with pytest.raises(ValueError, match=message):
+        engine[2].sample([[5], [6]], n=1, temperature=1.0, max_tokens=limits, seed=0)
+
+
 def test_progress_counts_every_sample(engine, problems, tokenizer):
     recipe, model, sampler = engine
     sampler.sync(model)
-    asked, _ = ask(problems[:6], tokenizer, model, recipe)
-    seen = []
+    task, seen = ArithmeticTask(recipe), []
+    asked, _ = ask(task, problems[:6], tokenizer, model, recipe)
     sample_rollouts(
-        sampler, asked, tokenizer, recipe, n=3, temperature=0.8, seed=0, on_progress=lambda *x: seen.append(x)
+        sampler, task, asked, tokenizer, recipe, n=3, temperature=0.8, seed=0, on_progress=lambda *x: seen.append(x)
     )
     assert seen[-1] == (18, 18)
     assert seen == sorted(seen)
@@ -140,19 +183,41 @@ def test_progress_counts_every_sample(engine, problems, tokenizer):
 def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
     lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
     limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]
-    fitting, skipped = ask(problems, tokenizer, model, Recipe(max_completion_length=limit))
+    task = ArithmeticTask(Recipe())
+    fitting, skipped = ask(task, problems, tokenizer, model, Recipe(max_completion_length=limit))
     assert len(fitting) + len(skipped) == len(problems)
     assert len(skipped) == sum(n > lengths[len(lengths) // 2] for n in lengths) > 0
     assert all("lower the latter or raise the former" in c for c in skipped)
     with pytest.raises(
         RunError, match=r"no prompt of 40 can be used; first complaint: prompt 0 .* tokens, context_length"
     ):
-        ask(problems, tokenizer, model, Recipe(max_completion_length=95))
+        ask(task, problems, tokenizer, model, Recipe(max_completion_length=95))
     foreign = arithmetic.problem(problems[0].expression, "words")
-    fitting, skipped = ask([problems[0], foreign], tokenizer, model, Recipe())
+    fitting, skipped = ask(task, [problems[0], foreign], tokenizer, model, Recipe())
     assert [a.problem for a in fitting] == [problems[0]]
     assert "prompt 1 ('A counter shows" in skipped[0]
     assert "does not know" in skipped[0]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, False),
+        ({"label_source": "checker"}, False),
+        ({"label_source": "monte_carlo"}, True),
+        ({"label_source": "consensus"}, True),
+        ({"prm_labels": "monte_carlo"}, True),
+    ],
+)
+def test_prefixes_are_cached_where_labels_are_continued(model, tokenizer, monkeypatch, settings, expected):
+    from stepkto_fast import sampler_vllm
+
+    given = {}
+    monkeypatch.setattr(sampler_vllm.vllm, "LLM", lambda **engine: given.update(engine))
+    open_sampler(Recipe(engine="vllm", **settings), model, tokenizer, Path("policy"), Path(os.devnull))
+    assert given["enable_prefix_caching"] == expected
+    assert expected or given["block_size"] is None
 
 
 def test_a_missing_engine_is_named(model, tokenizer, monkeypatch):

@@ -18,12 +18,17 @@ def test_the_committed_page_is_current():
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda c: c.settings.__name__)
 def test_every_key_stands_in_a_section(command):
-    names = [f.name for f in fields(command.settings)]
+    names = [f.name for f in command.fields()]
     assert not command.sections or next(iter(command.sections)) == names[0]
     # The sections are in the dataclass's order, and none is of a key that is gone.
     assert list(command.sections) == [name for name in names if name in command.sections]
     rows = [line.split("`")[1] for line in "\n".join(_command(command)).splitlines() if line.startswith("| `")]
     assert rows == names
+
+
+def test_every_setting_of_every_command_is_on_the_page():
+    shown = {name for command in COMMANDS for name in (f.name for f in command.fields())}
+    assert shown == {f.name for command in COMMANDS for f in fields(command.settings)}
 
 
 def test_how_a_key_is_shown():

@@ -139,7 +139,7 @@ def test_the_model_loads_in_transformers_and_is_the_last_policy(smoke):
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in last.items())
     first = load_file(smoke / "checkpoints" / "iteration_0" / "model.safetensors")
     assert any(not torch.equal(v, last[k]) for k, v in first.items()), "training moved the weights"
-    saved = load_file(smoke / "model" / "prm_head.safetensors")
+    saved = load_file(smoke / "model" / "prm_head" / "head.safetensors")
     assert "threshold" in saved
     trunk = load_file(smoke / "model" / "prm_trunk" / "model.safetensors")
     assert trunk, "prm_trunk is initial: the head reads M_0, not the model it lies beside"

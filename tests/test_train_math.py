@@ -65,13 +65,17 @@ def test_rollouts_hold_answers_values_and_labels_where_both_sources_agree(sample
     rollouts = read_rollouts(sample / "rollouts" / "iteration_0.parquet")
     prm = load_prm(sample / "model", torch.device("cpu"))
     assert {r.label for r in rollouts} == {True, False}
+    import math_verify
+
     golds = {p.question: p.answer for p in math_task.problems("sample", split="train")[0]}
     for r in rollouts:
         question = r.prompt.split("\n\n")[0]
         assert question in golds
-        assert r.label == (r.answer is not None and r.answer.replace(" ", "") == golds[question].replace(" ", "")), (
-            "this small model writes a gold as it was shown, or something else"
-        )
+        if r.answer is None:
+            assert not r.label
+        else:
+            gold, answer = (math_verify.parse(f"${text}$") for text in (golds[question], r.answer))
+            assert r.label == math_verify.verify(gold, answer), (golds[question], r.answer)
         assert "".join(r.steps) == r.completion
         assert len(r.step_values) == len(r.step_probs) == len(r.steps) == len(r.step_ends)
         assert all(0 <= v <= 1 for v in r.step_values)
@@ -138,6 +142,7 @@ def test_other_label_sources_start_from_the_trained_model(sample, tmp_path, sett
         (["--train_dataset", "math-500"], "without a split to train on"),
         (["--prm", "nowhere"], "nowhere"),
         (["--step_style", "regex"], "step_pattern"),
+        (["--step_style", "regex", "--step_pattern", "("], "no regular expression"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
