@@ -56,6 +56,6 @@ def progress_bar(console: Console, text: str) -> Iterator[Callable[..., None]]:
 def say_complaints(console: Console, complaints: list[str], what: str) -> None:
     """How many `what` were left out, and why the first few were."""
     for complaint in complaints[:3]:
-        console.print(f"skipped {complaint}", markup=False)
+        console.print(f"skipped {complaint}", markup=False, soft_wrap=True)
     if len(complaints) > 3:
-        console.print(f"skipped {len(complaints) - 3} more {what}", markup=False)
+        console.print(f"skipped {len(complaints) - 3} more {what}", markup=False, soft_wrap=True)

@@ -75,7 +75,7 @@ def eval_prm(settings: PRMEvaluation) -> dict:
     with replacing(path) as unfinished:
         unfinished.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     _show(result, console)
-    console.print(f"figures  {path}", markup=False)
+    console.print(f"figures  {path}", markup=False, soft_wrap=True)
     return result
 
 
@@ -127,6 +127,7 @@ def _show(result: dict, console: Console) -> None:
         f"{counts['rows']} rows, {counts['skipped_rows']} skipped, {counts['completions_cut']} cut, "
         f"{counts['first_error_unknown']} whose labels do not tell the first error",
         markup=False,
+        soft_wrap=True,
     )
     table = Table(title=f"first errors at threshold {result['threshold']:.3f}")
     for name in ("subset", "erroneous", "correct", "error acc.", "correct acc.", "F1", "step AUROC"):

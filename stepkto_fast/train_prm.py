@@ -110,10 +110,10 @@ def train_prm(settings: PRMTraining) -> dict:
     with replacing(folder / "metrics.json") as unfinished:
         unfinished.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
     _show(metrics, console)
-    console.print(f"PRM      {folder / CONFIG}\nmetrics  {folder / 'metrics.json'}", markup=False)
+    console.print(f"PRM      {folder / CONFIG}\nmetrics  {folder / 'metrics.json'}", markup=False, soft_wrap=True)
     if settings.export is not None:
         export_token_classifier(prm, tokenizer, Path(settings.export))
-        console.print(f"export   {settings.export}", markup=False)
+        console.print(f"export   {settings.export}", markup=False, soft_wrap=True)
     return metrics
 
 
@@ -188,6 +188,7 @@ def _show(metrics: dict, console: Console) -> None:
         f"without labels, {counts['completions_cut']} cut; {counts['right_steps']} right steps, "
         f"{counts['wrong_steps']} wrong ones, {counts['unlabelled_steps']} without a label",
         markup=False,
+        soft_wrap=True,
     )
     table = Table(title=f"held-out problems: {view['right_steps']} right and {view['wrong_steps']} wrong steps")
     for name in ("figure", "head", "majority class"):

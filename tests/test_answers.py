@@ -263,6 +263,7 @@ def test_a_timeout_is_not_a_wrong_answer():
     with AnswerChecker(workers=1, timeout=0.5) as checker:
         found = checker.judge(["5", "5", "x"], [boxed(ENDLESS), boxed("5"), boxed("y")], [True] * 3)
         assert found == [Verdict(False, False, ENDLESS), Verdict(True, True, "5"), Verdict(False, True, "y")]
+    with AnswerChecker(workers=1, timeout=0.01) as checker:
         assert "time or memory" in checker.complaints([nested])[0]
 
 

@@ -126,7 +126,7 @@ def test_special_tokens_are_added_once(tmp_path):
         assert task.check_steps(problem, ["a", "b"]) == [-1, -1]
 
 
-def test_who_cannot_label_steps_is_told_before_the_run_starts():
+def test_who_cannot_label_steps_is_told_before_the_run_starts(tmp_path):
     class Unchecked(ArithmeticTask):
         exact_steps = False
 
@@ -138,5 +138,8 @@ def test_who_cannot_label_steps_is_told_before_the_run_starts():
     ):
         with pytest.raises(RunError, match=message):
             require_labels(Recipe(**settings), Unchecked(Recipe()))
-    for settings in ({"prm": "somewhere"}, {"prm_labels": "monte_carlo"}, {"label_source": "monte_carlo"}):
+    with pytest.raises(RunError, match=r"holds no prm_config.json: give a directory that train_prm wrote"):
+        require_labels(Recipe(prm=str(tmp_path)), Unchecked(Recipe()))
+    (tmp_path / "prm_config.json").touch()
+    for settings in ({"prm": str(tmp_path)}, {"prm_labels": "monte_carlo"}, {"label_source": "monte_carlo"}):
         require_labels(Recipe(**settings), Unchecked(Recipe()))
