@@ -214,12 +214,16 @@ def test_a_finished_run_resumes_to_itself(smoke, tmp_path):
             "none",
         ],
         ["--step_weight", "0", "--num_train_epochs", "2", "--lr_scheduler_type", "cosine"],
+        ["--lora_rank", "4", "--lora_target", ".*_proj", "--step_style", "auto", "--iterations", "2"],
+        ["--label_source", "consensus", "--mc_continuations", "2", "--mc_labels", "soft", "--prm_pooling", "last"],
     ],
     ids=lambda s: "-".join(s[1::2]),
 )
 def test_every_choice_runs(tmp_path, settings):
     from stepkto_fast.train import main
 
+    if "--lora_rank" in settings:
+        pytest.importorskip("peft", reason="peft is not installed")
     folder = tmp_path / "run"
     assert main([SMOKE, *TINY, "--output_dir", str(folder), *settings]) == 0
     summary = json.loads((folder / "summary.json").read_text())
@@ -349,6 +353,33 @@ def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, 
         main([*arguments, "--output_dir", str(tmp_path / "cut")])
     assert list((tmp_path / "cut" / "checkpoints").glob("iteration_1_step_1")), "it stopped in the second update"
     assert main([*arguments, "--output_dir", str(tmp_path / "cut"), "--resume", "true"]) == 0
+    assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
+    assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+
+
+def test_labelling_by_continuations_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
+    """The rollouts are sampled again, the same ones; chunks of continuations that were done are not."""
+    from stepkto_fast import monte_carlo
+    from stepkto_fast.train import main
+
+    monkeypatch.setattr(monte_carlo, "CHUNK", 32)
+    arguments = [SMOKE, *TINY, "--label_source", "monte_carlo", "--mc_continuations", "2"]
+    assert main([*arguments, "--output_dir", str(tmp_path / "whole")]) == 0
+    chunks = tmp_path / "cut" / "rollouts" / "monte_carlo_iteration_0"
+    real = monte_carlo._sample_chunk
+
+    def interrupted(*args):
+        if len(list(chunks.glob("*.parquet"))) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(monte_carlo, "_sample_chunk", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, "--output_dir", str(tmp_path / "cut")])
+    sampled = []
+    monkeypatch.setattr(monte_carlo, "_sample_chunk", lambda *args: sampled.append(args) or real(*args))
+    assert main([*arguments, "--output_dir", str(tmp_path / "cut"), "--resume", "true"]) == 0
+    assert len(sampled) == len(list(chunks.glob("*.parquet"))) - 2 > 0
     assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
 
