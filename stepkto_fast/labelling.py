@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from .answers import Verdict
 from .collect import Asked, sample_rollouts, usable
+from .command import say_complaints
 from .errors import RunError
 from .labelled import labelled_rollouts
 from .monte_carlo import agreement, consensus, estimate_cost, labels_of, monte_carlo_values
@@ -15,7 +16,7 @@ from .prm_files import load_prm
 from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
 from .sampler import context_length
 from .segmentation import step_style
-from .setup_run import Session, derived_seed, say_complaints
+from .setup_run import Session, derived_seed
 from .task import asked_rows
 
 
@@ -54,7 +55,7 @@ def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
     )  # fmt: skip
     complaints = found.complaints + complaints
     if "skipped_prm_rows" not in s.progress.counts:
-        say_complaints(complaints, s.recorder, "rows of prm_dataset")
+        say_complaints(s.recorder.console, complaints, "rows of prm_dataset")
     s.progress.counts["skipped_prm_rows"] = len(complaints)
     return [r for r in rollouts if fits(r)], [r for r in rollouts if not fits(r)]
 

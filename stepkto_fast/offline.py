@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import add_adapters, require_adapters
-from .command import open_device
+from .command import open_device, say_complaints
 from .errors import RunError
 from .labelled import labelled_rollouts, read_labelled
 from .objective import log_probs
@@ -26,7 +26,7 @@ from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
 from .run_directory import Progress, RunDirectory
 from .sampler import context_length
 from .segmentation import step_statistics, step_style, style_warning
-from .setup_run import derived_seed, say_complaints
+from .setup_run import derived_seed
 from .task import asked_rows
 from .update import update
 
@@ -46,7 +46,7 @@ def train_offline(recipe: Recipe) -> dict:
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
     recorder = Recorder(recipe, run, progress)
-    say_complaints(complaints, recorder, "rows")
+    say_complaints(recorder.console, complaints, "rows")
     progress.counts["skipped_rows"] = len(complaints)
     if warning := style_warning(step_statistics(rollouts), recipe.step_style):
         recorder.say(f"warning: {warning}")

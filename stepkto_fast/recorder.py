@@ -8,18 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.progress import (
-    Progress as Bar,
-)
 from rich.table import Table
 
+from .command import progress_bar
 from .errors import RunError
 from .recipe import Recipe
 from .run_directory import Progress, RunDirectory
@@ -83,20 +74,8 @@ class Recorder:
     def bar(self, name: str, text: str) -> Iterator[Callable[..., None]]:
         """Times a phase with a progress bar; yields advance(done, total, note)."""
         start = time.monotonic()
-        if not self.console.is_terminal:
-            yield lambda done, total, note="": None
-            self._done(name, text, start)
-            return
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-        )
-        with Bar(*columns, TextColumn("{task.fields[note]}"), console=self.console, transient=True) as bar:
-            task = bar.add_task(text, total=None, note="")
-            yield lambda done, total, note="": bar.update(task, completed=done, total=total, note=note)
+        with progress_bar(self.console, text) as advance:
+            yield advance
         self._done(name, text, start)
 
     def _done(self, name: str, text: str, start: float) -> None:

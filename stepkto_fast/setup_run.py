@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .adapters import require_adapters
 from .collect import Asked, ask
-from .command import open_device
+from .command import open_device, say_complaints
 from .errors import RunError
 from .labelled import Labelled, read_labelled
 from .policy import build_policy, load_policy
@@ -45,14 +45,6 @@ def make_initial_policy(
             on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
         )  # fmt: skip
     return model, shown.tokenizer
-
-
-def say_complaints(complaints: list[str], recorder: Recorder, what: str) -> None:
-    """Says what was wrong with the first few of what is left out, and how many more there are."""
-    for complaint in complaints[:3]:
-        recorder.say(f"skipped {complaint}")
-    if len(complaints) > 3:
-        recorder.say(f"skipped {len(complaints) - 3} more {what}")
 
 
 @dataclass
@@ -93,7 +85,7 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
     recorder = Recorder(recipe, run, progress)
-    say_complaints(problems.complaints, recorder, "rows")
+    say_complaints(recorder.console, problems.complaints, "rows")
     if newest is None:
         run.save_policy(*(given or make_initial_policy(recipe, task, problems, recorder)), progress)
     initial, tokenizer = run.load_model(0, device)
@@ -104,7 +96,7 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
         found, complaints = ask(task, wanted, tokenizer, policy, recipe)
         name = f"skipped_{which}_prompts"
         progress.counts[name] = progress.counts.get(name, 0) + len(complaints)
-        say_complaints([f"{which} {complaint}" for complaint in complaints], recorder, f"{which} prompts")
+        say_complaints(recorder.console, [f"{which} {complaint}" for complaint in complaints], f"{which} prompts")
         return found
 
     counted = ("skipped_held-out_prompts", "skipped_seed_prompts", "skipped_training_prompts")

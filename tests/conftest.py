@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 import pytest
 import torch
 
+from stepkto_fast import update
 from stepkto_fast.objective import log_probs
 from stepkto_fast.policy import build_policy, build_tokenizer
 from stepkto_fast.recipe import Recipe
@@ -39,6 +40,24 @@ def one_rank():
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield torch.distributed.device_mesh.init_device_mesh("cpu", (1,))
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def interrupt_update(monkeypatch):
+    """interrupt_update(n): the next runs' n-th gradient is a KeyboardInterrupt, all others are as ever."""
+
+    def arrange(nth):
+        real, calls = update.accumulate_gradients, []
+
+        def interrupted(*args):
+            calls.append(args)
+            if len(calls) == nth:
+                raise KeyboardInterrupt
+            return real(*args)
+
+        monkeypatch.setattr(update, "accumulate_gradients", interrupted)
+
+    return arrange
 
 
 @pytest.fixture(scope="session")

@@ -76,22 +76,12 @@ def test_a_labelled_dataset_trains_a_model(tmp_path, data, rollouts, monkeypatch
 
 
 @pytest.mark.parametrize("more", [(), ("--lora_rank", "4"), ("--reference_points", "exact")], ids=str)
-def test_an_interrupted_update_resumes_to_the_same_weights(tmp_path, data, monkeypatch, more):
-    from stepkto_fast import update
-
+def test_an_interrupted_update_resumes_to_the_same_weights(tmp_path, data, interrupt_update, more):
     if more[:1] == ("--lora_rank",):
         pytest.importorskip("peft", reason="peft is not installed")
     more = (*more, "--save_steps", "2", "--num_train_epochs", "1")
     assert main(arguments(data, tmp_path / "whole", *more)) == 0
-    real, calls = update.accumulate_gradients, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(update, "accumulate_gradients", interrupted)
+    interrupt_update(4)
     with pytest.raises(KeyboardInterrupt):
         main(arguments(data, tmp_path / "cut", *more))
     (saved,) = (tmp_path / "cut" / "checkpoints").glob("iteration_0_step_2")

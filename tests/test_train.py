@@ -330,9 +330,8 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, capsys):
     ],
     ids=lambda s: "-".join(s[1::2]),
 )
-def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, monkeypatch, settings):
+def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, interrupt_update, settings):
     """The reference is M_t and the head is fitted anew: neither may come from the half-updated weights."""
-    from stepkto_fast import update
     from stepkto_fast.train import main
 
     arguments = [SMOKE, *TINY, "--iterations", "2", "--save_steps", "1", *settings]
@@ -340,15 +339,7 @@ def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, 
     rollouts = read_rollouts(tmp_path / "whole" / "rollouts" / "iteration_1.parquet")
     moved = max(abs(a - b) for r in rollouts for a, b in zip(r.logps, r.ref_logps, strict=True))
     assert (moved > 1e-3) == ("initial" in settings), "M_1's samples are held against M_0 or against M_1 itself"
-    real, calls = update.accumulate_gradients, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return real(*args)
-
-    monkeypatch.setattr(update, "accumulate_gradients", interrupted)
+    interrupt_update(4)
     with pytest.raises(KeyboardInterrupt):
         main([*arguments, "--output_dir", str(tmp_path / "cut")])
     assert list((tmp_path / "cut" / "checkpoints").glob("iteration_1_step_1")), "it stopped in the second update"
