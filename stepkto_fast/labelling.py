@@ -102,9 +102,9 @@ def _sample_seed_set(s: Session, path: Path) -> None:
 def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dict[str, float]:
     """Fills step_probs, step_values and step_labels of M_t's rollouts by the recipe's label source.
 
-    Returns metrics: with both at hand, how far continuations and the head agree.
+    Returns how far continuations and the head agree (`monte_carlo.agreement`), empty without both.
     """
-    source, metrics = s.recipe.label_source, dict[str, float]()
+    source = s.recipe.label_source
     if prm is not None:
         with s.recorder.phase("prm", f"judging the steps of {len(rollouts)} completions"):
             for r, probabilities in zip(rollouts, prm.score(rollouts, s.recipe), strict=True):
@@ -122,15 +122,15 @@ def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dic
             r.step_labels = prm.label(r.step_probs)
             if source == "consensus":
                 r.step_labels = consensus(continued, r.step_labels)
+    both: dict[str, float] = {}
     if prm is not None and source in ("monte_carlo", "consensus"):
         both = agreement(
             [x for r in rollouts for x in labels_of(r.step_values, s.recipe)],
             [x for r in rollouts for x in prm.label(r.step_probs)],
         )
-        metrics = {f"agreement/{name}": value for name, value in both.items()}
     if all(x == UNLABELLED for r in rollouts for x in r.step_labels):
         s.recorder.say(f"warning: no step of M_{s.progress.iteration}'s rollouts has a label; only outcomes are learnt")
-    return metrics
+    return both
 
 
 def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollout], name: str) -> None:

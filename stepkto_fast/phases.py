@@ -64,12 +64,16 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM | None, path: Path) ->
     if warning := style_warning(step_statistics(rollouts), recipe.step_style):
         s.recorder.say(f"warning: {warning}")
     agreement = label_steps(s, rollouts, prm)
+    if agreement:
+        s.progress.records[-1]["step_label_agreement"] = agreement
     with s.recorder.phase("reference", "reference log-probs"):
         own, difference = check_sync(policy, rollouts, recipe)
         reference = own if recipe.reference == "previous" else log_probs(s.initial, rollouts, recipe)
         for r, logp in zip(rollouts, reference, strict=True):
             r.ref_logps = logp.tolist()
-    s.recorder.scalars(_rollout_metrics(s, rollouts, prm) | agreement | {SYNC: difference}, prefix="rollout")
+    metrics = _rollout_metrics(s, rollouts, prm) | {SYNC: difference}
+    metrics |= {f"agreement/{name}": value for name, value in agreement.items()}
+    s.recorder.scalars(metrics, prefix="rollout")
     write_rollouts(rollouts, path)
 
 

@@ -81,6 +81,16 @@ HEAD_COLUMNS = {
     "ece": "Calibration error",
     "threshold": "Threshold",
 }
+# Key in summary.json's `step_label_agreement` -> title in the table of the two label sources.
+AGREEMENT_COLUMNS = {
+    "kept": "Agree on",
+    "kappa": "Cohen's kappa",
+    "both_right": "Both: right",
+    "both_wrong": "Both: wrong",
+    "only_monte_carlo_right": "Right by continuations alone",
+    "only_head_right": "Right by the head alone",
+    "unlabelled": "Not both labelled",
+}
 # What summary.json names in one word, in words; a name that is not here is shown as it is.
 PHASES = {
     "warm_start": "making M₀ from demonstrations",
@@ -332,6 +342,18 @@ def _head(run: Run) -> list[dict[str, Any]]:
     return heads
 
 
+def _agreement(run: Run) -> list[dict[str, Any]]:
+    """How far continuations and the head agree on the steps of each model's rollouts."""
+    rows = []
+    for index, record in enumerate(run.iterations):
+        where = f"{run.summary_path}, iterations[{index}]"
+        both = mapping(record, "step_label_agreement", where)
+        if both:
+            columns = {key: number(both, key, f"{where}, step_label_agreement") for key in AGREEMENT_COLUMNS}
+            rows.append({"name": figures.model(record["iteration"]), "columns": columns})
+    return rows
+
+
 def _drift(run: Run) -> list[dict[str, Any]]:
     steps = [record["iteration"] for record in run.iterations]
     wanted: list[tuple[str, str, Callable[[float], str]]] = [
@@ -419,6 +441,8 @@ def _context(run: Run) -> dict[str, Any]:
         "truncated_lines": run.truncated_lines,
         "head": _head(run),
         "head_columns": HEAD_COLUMNS,
+        "agreement": _agreement(run),
+        "agreement_columns": AGREEMENT_COLUMNS,
         "drift": _drift(run),
         "samples": samples,
         "long_steps": longest > 48,

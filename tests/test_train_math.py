@@ -101,6 +101,12 @@ def test_metrics_say_how_far_the_sources_agree(sample):
     counts = [collected[f"agreement/{name}"] for name in ("both_right", "both_wrong")]
     rollouts = read_rollouts(sample / "rollouts" / "iteration_0.parquet")
     assert sum(counts) == sum(x != -1 for r in rollouts for x in r.step_labels)
+    summary = json.loads((sample / "summary.json").read_text())
+    stored = summary["iterations"][0]["step_label_agreement"]
+    assert {f"agreement/{name}": value for name, value in stored.items()}.items() <= collected.items()
+    page = (sample / "report.html").read_text()
+    assert "The head beside continuations" in page
+    assert f"<td>{100 * stored['kept']:.1f}\u202f%</td>" in page
     assert all(line["loss"] is not None and math.isfinite(line["loss"]) for line in lines if "loss" in line)
 
 
