@@ -69,6 +69,7 @@ def test_shapes_in_the_table_are_the_public_ones():
 def test_adapters_are_counted_exactly():
     config = LlamaConfig(**SMALL)
     model = LlamaForCausalLM(config)
+    pytest.importorskip("peft", reason="peft is not installed")
     add_adapters(model, Recipe(lora_rank=4), seed=0)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert shape_of_config(config, "small").adapter_parameters(4) == trained
@@ -106,6 +107,8 @@ def test_activations_of_a_packed_micro_batch(config, kind, bf16, lora_rank):
     torch.manual_seed(0)
     model = kind(config)
     model.set_attn_implementation(NAME)
+    if lora_rank:
+        pytest.importorskip("peft", reason="peft is not installed")
     add_adapters(model, Recipe(lora_rank=lora_rank), seed=0)
     lengths = (50, 70, 90)
     batch = pack([Rollout(n, 0, "", [3] * 20, "", [4] * c, [], True, [""], [c]) for n, c in enumerate(lengths)])
@@ -127,6 +130,8 @@ def test_operations_of_the_trunk(lora_rank):
     config = LlamaConfig(**SMALL)
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(NAME)
+    if lora_rank:
+        pytest.importorskip("peft", reason="peft is not installed")
     add_adapters(model, Recipe(lora_rank=lora_rank), seed=0)
     batch = pack([Rollout(0, 0, "", [3] * 30, "", [4] * 70, [], True, [""], [70])])
     shape, tokens = shape_of_config(config, "small"), 100
@@ -409,6 +414,16 @@ def test_command_line(tmp_path, capsys):
     assert "invalid choice: 'tpu'" in capsys.readouterr().err
     assert planner.main([str(path), "--utilization", "0.2"]) == 1
     assert "unknown option --utilization" in capsys.readouterr().err
+
+
+def test_a_plan_of_the_training_command_runs_nothing(tmp_path, capsys):
+    from stepkto_fast.train import main
+
+    folder = tmp_path / "run"
+    assert main(["--plan", "--output_dir", str(folder), "--gpu", "cpu", "--memory_gib", "64"]) == 0
+    assert "Predicted from formulas" in capsys.readouterr().out
+    assert main(["--output_dir", str(folder), "--plan", "--gpu", "h100", "--memory_gib", "3"]) == 1
+    assert not folder.exists()
 
 
 def test_every_rate_is_printed_beside_the_result():
