@@ -16,6 +16,9 @@ from .recipe import Recipe, needs_seed
 from .rollout import UNLABELLED
 from .tasks import arithmetic, math
 
+GOLDS = 1000  # gold answers that are parsed together
+MIN_POOL = 10  # problems that a run must find in train_dataset
+
 
 @dataclass(frozen=True)
 class Problems:
@@ -101,9 +104,9 @@ def _iterations(pool: list[Any], recipe: Recipe, seeds: int, purpose: str) -> tu
 
     The head is not fitted on the problems whose steps it will label.
     """
-    if len(pool) < 10:
+    if len(pool) < MIN_POOL:
         raise RunError(
-            f"{recipe.train_dataset!r} has {len(pool)} different problems that are not held out: give at least 10"
+            f"{recipe.train_dataset!r} has {len(pool)} different problems that are not held out: give at least {MIN_POOL}"
         )
     rng = random.Random(f"{purpose} {recipe.seed}")
     rng.shuffle(pool)
@@ -200,33 +203,49 @@ class MathTask:
 
     def held_out(self) -> tuple[list[math.Problem], list[str]]:
         recipe = self._recipe
-        test, complaints = self._read(recipe.test_dataset, recipe.test_split, "test")
-        return test[: recipe.num_test_problems], complaints
+        found, complaints = self._read(recipe.test_dataset, recipe.test_split, "test")
+        test, more = self._with_usable_golds(found, recipe.num_test_problems)
+        if not test:
+            raise RunError(f"{recipe.test_dataset or 'sample'!r} has no usable problem; first complaint: {more[0]}")
+        return test, complaints + more
 
     def problems(self) -> Problems:
         recipe = self._recipe
         test, complaints = self.held_out()
-        pool, more = self._read(recipe.train_dataset, recipe.train_split, "train")
+        found, of_rows = self._read(recipe.train_dataset, recipe.train_split, "train")
         held_out = {" ".join(p.question.split()) for p in test}
-        pool = [p for p in pool if " ".join(p.question.split()) not in held_out]
-        seed, train = _iterations(pool, recipe, recipe.prm_seed_problems if needs_seed(recipe) else 0, "train_dataset")
-        return Problems(test, seed, train, complaints + more)
+        found = [p for p in found if " ".join(p.question.split()) not in held_out]
+        random.Random(f"train_dataset order {recipe.seed}").shuffle(found)
+        seeds = recipe.prm_seed_problems if needs_seed(recipe) else 0
+        wanted = max(MIN_POOL, seeds + recipe.iterations * recipe.num_prompts)
+        pool, of_golds = self._with_usable_golds(found, wanted)
+        seed, train = _iterations(pool, recipe, seeds, "train_dataset")
+        return Problems(test, seed, train, complaints + of_rows + of_golds)
 
     def _read(self, source: str | None, split: str | None, purpose: str) -> tuple[list[math.Problem], list[str]]:
         recipe = self._recipe
-        found, complaints = math.problems(
+        return math.problems(
             source or "sample", split=split, purpose=purpose, question_column=recipe.question_column,
             answer_column=recipe.answer_column,
         )  # fmt: skip
-        usable = []
-        for p, complaint in zip(found, self._answers.complaints([p.answer for p in found]), strict=True):
-            if complaint is None:
-                usable.append(p)
-            else:
-                complaints.append(f"{p.source}: {complaint}")
-        if not usable:
-            raise RunError(f"{source or 'sample'!r} has no usable problem; first complaint: {complaints[0]}")
-        return usable, complaints
+
+    def _with_usable_golds(self, found: Sequence[math.Problem], count: int) -> tuple[list[math.Problem], list[str]]:
+        """The first `count` problems whose gold answer parses, and what was wrong with those passed over.
+
+        Only as many golds are parsed as it takes: data sets have hundreds of thousands of rows.
+        """
+        usable: list[math.Problem] = []
+        complaints: list[str] = []
+        for start in range(0, len(found), GOLDS):
+            part = found[start : start + GOLDS]
+            for p, complaint in zip(part, self._answers.complaints([p.answer for p in part]), strict=True):
+                if complaint is None:
+                    usable.append(p)
+                else:
+                    complaints.append(f"{p.source}: {complaint}")
+            if len(usable) >= count:
+                break
+        return usable[:count], complaints
 
     def prompt(self, problem: math.Problem, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
         recipe = self._recipe

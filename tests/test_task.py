@@ -82,6 +82,21 @@ def test_golds_that_do_not_parse_and_held_out_problems_are_left_out_and_named(tm
 
 
 @needs_math_verify
+def test_no_more_golds_are_parsed_than_a_run_needs(tmp_path, monkeypatch):
+    from stepkto_fast import task as module
+
+    path = rows(tmp_path / "many.jsonl", 100)
+    monkeypatch.setattr(module, "GOLDS", 10)
+    with closing(open_task(math_recipe(train_dataset=path, num_prompts=7, iterations=2))) as task:
+        parsed = []
+        real = task._answers.complaints
+        monkeypatch.setattr(task._answers, "complaints", lambda golds: parsed.extend(golds) or real(golds))
+        found = task.problems()
+    assert [len(t) for t in found.train] == [7, 7]
+    assert len(parsed) == 6 + 20, "the sample's held-out problems, and two parts of ten for fourteen prompts"
+
+
+@needs_math_verify
 def test_too_few_problems_and_no_usable_gold_are_errors(tmp_path):
     few = rows(tmp_path / "few.jsonl", 5)
     with closing(open_task(math_recipe(train_dataset=few))) as task, pytest.raises(RunError, match="give at least 10"):
