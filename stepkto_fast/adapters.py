@@ -40,6 +40,9 @@ def add_adapters(policy: PreTrainedModel, recipe: Recipe, seed: int) -> Callable
         except ValueError as error:
             raise RunError(f"lora_target {recipe.lora_target!r}: {error}") from error
 
+    if hasattr(policy.get_output_embeddings(), "lora_A"):
+        raise RunError(f"lora_target {recipe.lora_target!r} takes in the LM head, which stays frozen: leave it out")
+
     def merge() -> None:
         adapted.merge_and_unload()
         policy.requires_grad_(True)

@@ -44,14 +44,14 @@ def ask(
         text, ids = task.prompt(problem, tokenizer)
         if len(ids) > room:
             complaints.append(
-                f"prompt {n} ({text.strip()[:60]!r}): {len(ids)} tokens, context_length "
+                f"prompt {n}, {task.place(problem)}: {len(ids)} tokens, context_length "
                 f"{recipe.context_length} (the model's: {model.config.max_position_embeddings}) and "
                 f"max_completion_length {recipe.max_completion_length} leave {room}; "
                 "lower the latter or raise the former"
             )
         elif tokenizer.unk_token_id is not None and tokenizer.unk_token_id in ids:
             complaints.append(
-                f"prompt {n} ({text.strip()[:60]!r}): has words that the model's tokenizer does not know; "
+                f"prompt {n}, {task.place(problem)}: has words that the model's tokenizer does not know; "
                 "give a model trained on such prompts"
             )
         else:

@@ -25,6 +25,7 @@ from .prm_files import load_prm_and_tokenizer
 from .prm_metrics import auroc, first_error, known_first_error, mean_over, process_bench
 from .recipe import parse_settings, setting
 from .rollout import UNLABELLED, Rollout
+from .task import asked_rows
 from .train_prm import shown
 
 GROUP = 64  # completions between two signs of progress
@@ -43,6 +44,13 @@ class PRMEvaluation:
     splits: str = setting("", "splits of data, comma-separated, each a subset: gsm8k,math,olympiadbench,omnimath")
     data_neutral: Literal["correct", "incorrect", "unlabelled"] = setting("correct", "what PRM800K's rating 0 means")
     separator: str = setting("\n", "text between two steps of a row, as in training")
+    task: Literal["arithmetic", "math"] = setting(
+        "arithmetic", "arithmetic: prompts stay as they are; math: bare questions are asked as the math task asks them"
+    )
+    system_prompt: str | None = setting(None, "system message of those questions, as in training (task math)")
+    instruction: str | None = setting(
+        None, "text behind each of those questions, as in training (task math); none: asks for numbered steps"
+    )
     threshold: float | None = setting(None, "probability from which a step is right; none: the calibrated one")
     output_file: str | None = setting(None, "JSON file of the figures; none: prm_evaluation.json beside the PRM")
     max_length: int | None = setting(None, "longest prompt and completion; none: the model's context length")
@@ -54,6 +62,9 @@ class PRMEvaluation:
         for key in ("prm", "data"):
             if not getattr(self, key):
                 raise RunError(f"{key} is missing: give --{key}")
+        for key in ("system_prompt", "instruction"):
+            if getattr(self, key) is not None and self.task != "math":
+                raise RunError(f"{key} is set, but task is {self.task}: it is of use with --task math only")
         if self.threshold is not None and not 0 <= self.threshold <= 1:
             raise RunError(f"threshold is {self.threshold}: give a probability from 0 to 1")
 
@@ -62,6 +73,8 @@ def eval_prm(settings: PRMEvaluation) -> dict:
     """The figures of each subset and their averages, also written as JSON."""
     console = Console(highlight=False)
     prm, tokenizer = load_prm_and_tokenizer(settings.prm, open_device(settings.device))
+    if settings.threshold is None and not prm.calibrated:
+        console.print("warning: this head could not be calibrated (docs/prm.md); the threshold is 0.5")
     threshold = float(prm.head.threshold) if settings.threshold is None else settings.threshold
     subsets, counts = _read(settings, prm, tokenizer, console)
     figures = {name: _evaluate(prm, rollouts, threshold, settings, console, name) for name, rollouts in subsets.items()}
@@ -85,22 +98,37 @@ def _read(
     """Rollouts of each subset: a row's own `subset`, else its split, else "all"."""
     rows = defaultdict(list)
     complaints: list[str] = []
-    read = 0
+    notes: list[str] = []
+    read = skipped = 0
     splits: list[str | None] = [s.strip() for s in settings.splits.split(",") if s.strip()]
     for split in splits or [None]:
         found = read_labelled(settings.data, format=settings.data_format, split=split, neutral=settings.data_neutral)
         complaints += found.complaints
         read += found.read
+        skipped += found.skipped
         for row in found.rows:
             rows[row.get("subset") or split or "all"].append(row)
     longest = settings.max_length or prm.trunk.config.get_text_config().max_position_embeddings
     subsets = {}
+    unusable: list[str] = []
     for name, group in rows.items():
-        subsets[name], more = labelled_rollouts(group, tokenizer, separator=settings.separator, max_length=longest)
-        complaints += more
+        subsets[name], more = labelled_rollouts(
+            asked_rows(group, settings, tokenizer), tokenizer, separator=settings.separator, max_length=longest,
+            on_note=notes.append,
+        )  # fmt: skip
+        unusable += more
     say_complaints(console, complaints, "rows")
-    cut = sum(not r.finished for rollouts in subsets.values() for r in rollouts)
-    return subsets, {"rows": read, "skipped_rows": len(complaints), "completions_cut": cut}
+    say_complaints(console, unusable, "completions")
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
+    every = [r for rollouts in subsets.values() for r in rollouts]
+    return subsets, {
+        "rows": read,
+        "skipped_rows": skipped,
+        "completions": len(every),
+        "skipped_completions": sum(map(len, rows.values())) - len(every),
+        "completions_cut": sum(not r.finished for r in every),
+    }
 
 
 def _evaluate(
@@ -124,7 +152,8 @@ def _evaluate(
 def _show(result: dict, console: Console) -> None:
     counts = result["counts"]
     console.print(
-        f"{counts['rows']} rows, {counts['skipped_rows']} skipped, {counts['completions_cut']} cut, "
+        f"{counts['rows']} rows, {counts['skipped_rows']} skipped; {counts['completions']} completions, "
+        f"{counts['skipped_completions']} skipped, {counts['completions_cut']} cut at max_length, "
         f"{counts['first_error_unknown']} whose labels do not tell the first error",
         markup=False,
         soft_wrap=True,

@@ -39,6 +39,11 @@ class Labelled:
     read: int
     format: str
 
+    @property
+    def skipped(self) -> int:
+        """Rows of the source that gave nothing. (A row of PRM800K gives several.)"""
+        return self.read - len({row["where"] for row in self.rows})
+
 
 def read_labelled(
     source: str, *, format: str = "auto", split: str | None = None, neutral: Neutral = "correct"
@@ -108,6 +113,7 @@ def labelled_rollouts(
     max_length: int | None = None,
     style: StepStyle | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = warnings.warn,
 ) -> tuple[list[Rollout], list[str]]:
     """Rollouts of the rows that `read_labelled` gives, and a complaint for each row that cannot be one.
 
@@ -117,7 +123,9 @@ def labelled_rollouts(
 
     separator: what stands between the steps of a row. style: how a row with one `completion` is cut into steps (none:
     at line breaks). max_length: of prompt and completion, in tokens; what is behind is cut off, as is the label of a
-    step that loses a part, and such a rollout has `finished` False.
+    step that loses a part, and such a rollout has `finished` False. Completions end with the end-of-sequence token, as
+    sampled ones do: what a chat template writes behind it is left out. on_note: gets one text where prompts end within
+    a token.
 
     Messages need a chat template; a question alone, without one, is a line before the completion.
     """
@@ -127,6 +135,7 @@ def labelled_rollouts(
     samples: Counter[int] = Counter()
     rollouts: list[Rollout] = []
     complaints: list[str] = []
+    taken_out: list[tuple[str, str]] = []
     for n, row in enumerate(rows):
         on_progress(n, len(rows))
         where = row.get("where", f"row {n}")
@@ -134,10 +143,10 @@ def labelled_rollouts(
             found = spans(
                 {**row, "prompt": _plain(row["prompt"], tokenizer), "label": row.get("label", False)},
                 where,
-                dataset="labelled",
                 tokenizer=tokenizer,
                 step_separator=separator,
                 max_length=max_length,
+                end_at_eos=True,
             )
         except (ValueError, TemplateError) as error:
             complaints.append(str(error) if str(error).startswith(where) else f"{where}: column 'prompt': {error}")
@@ -148,6 +157,8 @@ def labelled_rollouts(
                 "the completion: allow for longer ones"
             )
             continue
+        if found.taken_out:
+            taken_out.append((where, found.taken_out))
         if "completion" in row and "labels" not in row:
             found.step_ends = _ends(found, style)
             found.step_labels = [-1] * len(found.step_ends)
@@ -157,8 +168,12 @@ def labelled_rollouts(
         samples[rollout.problem_id] += 1
         rollouts.append(rollout)
     on_progress(len(rows), len(rows))
-    if cut := sum(not r.finished for r in rollouts):
-        warnings.warn(f"{cut} labelled completions are longer than {max_length} tokens and were cut", stacklevel=2)
+    if taken_out:
+        first, text = taken_out[0]
+        on_note(
+            f"{len(taken_out)} prompts, the first one {first}, are tokenised otherwise alone than before their "
+            f"completion. What differs, there {text!r}, is taken out of the prompt: end prompts where a token ends"
+        )
     return rollouts, complaints
 
 

@@ -50,7 +50,7 @@ def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
     assert found is not None
     longest = context_length(recipe, s.initial)
     rollouts, complaints = labelled_rollouts(
-        asked_rows(found.rows, recipe), s.tokenizer, max_length=longest,
+        asked_rows(found.rows, recipe, s.tokenizer), s.tokenizer, max_length=longest,
         style=step_style(recipe.step_style, recipe.step_pattern),
     )  # fmt: skip
     complaints = found.complaints + complaints

@@ -5,8 +5,9 @@ whole completion has the right answer; hard labels call a step right when any of
 `mc_threshold` has (Wang et al. 2024, Math-Shepherd, arXiv 2312.08935, hard and soft estimation). Where continuations
 and a PRM head disagree, `consensus` leaves the step unlabelled (Zhang et al. 2025, arXiv 2501.07301).
 
-The end of a finished completion leaves nothing to continue: the last step's value is the rollout's own outcome, and
-so it is where a truncated rollout has no token left to spend. A step that ends beyond max_completion_length with more
+The end of a finished completion leaves nothing to continue: the last step's value is the rollout's own outcome. So it
+is where a truncated rollout has no token left to spend and yet its answer; without one the step that was cut off stays
+unlabelled. A step that ends beyond max_completion_length with more
 behind it, which only completions from elsewhere have, cannot be tried and stays unlabelled.
 """
 
@@ -192,8 +193,8 @@ def agreement(mc_labels: Sequence[int], head_labels: Sequence[int]) -> dict:
 
 
 def _values_without_sampling(r: Rollout) -> list[float]:
-    """nan for each step but the last, which has the rollout's own outcome."""
-    own = float(r.label) if r.verified else math.nan
+    """nan for each step but the last, which has the rollout's own outcome; what was cut off is not wrong for that."""
+    own = float(r.label) if r.verified and (r.finished or r.label) else math.nan
     return [*([math.nan] * (len(r.step_ends) - 1)), own][: len(r.step_ends)]
 
 

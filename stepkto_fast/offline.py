@@ -52,6 +52,7 @@ def train_offline(recipe: Recipe) -> dict:
         recorder.say(f"warning: {warning}")
     if newest is None:
         run.save_policy(model, tokenizer, progress)
+    del model
     policy, _ = run.load_model(progress.iteration, device)
     training, held_out = (run.rollouts / "iteration_0.parquet", run.rollouts / "held_out.parquet")
     if progress.iteration == 0 and progress.step == 0:
@@ -80,27 +81,36 @@ def read_data(
     """The dataset's completions with a known outcome, and what was wrong with the rows left out."""
     source = recipe.labelled_dataset
     assert source is not None
+    longest = context_length(recipe, model)
     found = read_labelled(
         source, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
     )
     rollouts, complaints = labelled_rollouts(
-        asked_rows(found.rows, recipe), tokenizer, max_length=context_length(recipe, model),
+        asked_rows(found.rows, recipe, tokenizer), tokenizer, max_length=longest,
         style=step_style(recipe.step_style, recipe.step_pattern),
     )  # fmt: skip
     complaints = found.complaints + complaints
+    complaints += [
+        f"{row['where']}: column 'label', the outcome, is missing: the row serves train_prm alone"
+        for row in found.rows
+        if "label" not in row
+    ]
     judged = [r for r in rollouts if r.verified]
-    if len(judged) < len(rollouts):
-        complaints.append(
-            f"{source}: {len(rollouts) - len(judged)} rows without 'label', the outcome: they serve train_prm alone"
-        )
-    prompts = {r.problem_id for r in judged}
-    kept = {p % HELD_OUT == 0 for p in prompts}
-    if kept != {True, False}:
+    # What was judged is the whole completion: of one that is cut off nobody knows whether it is right.
+    whole = [r for r in judged if r.finished]
+    if len(whole) < len(judged):
+        complaints += [
+            f"{source}: a completion is longer than context_length ({longest} tokens) with its prompt: raise it"
+        ] * (len(judged) - len(whole))
+    numbers: dict[int, int] = {}
+    for r in whole:
+        r.problem_id = numbers.setdefault(r.problem_id, len(numbers))
+    if len(numbers) < 2:
         raise RunError(
-            f"{source!r} has completions with an outcome of {len(prompts)} prompts, which leaves none to hold out or "
-            f"none to train on: give at least two; first complaint: {(complaints or ['none'])[0]}"
+            f"{source!r} has whole completions with an outcome of {len(numbers)} prompts: one is held out, so give at "
+            f"least two; first complaint: {(complaints or ['none'])[0]}"
         )
-    return judged, complaints
+    return whole, complaints
 
 
 def _record(
@@ -124,7 +134,7 @@ def _record(
         right, wrong = ([beta * d for d, x in pairs if x is which] for which in (True, False))
         record[f"{prefix}rewards/chosen"] = sum(right) / len(right) if right else None
         record[f"{prefix}rewards/rejected"] = sum(wrong) / len(wrong) if wrong else None
-        record[f"{prefix}auroc"] = auroc(np.array([d for d, _ in pairs]), np.array([x for _, x in pairs]))
+        record[f"{prefix}auroc"] = auroc(np.array([d for d, _ in pairs]), np.array([x for _, x in pairs], dtype=bool))
     progress.records.append(record)
     recorder.scalars({k: v for k, v in record.items() if k != "iteration"}, prefix="eval")
 

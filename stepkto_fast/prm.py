@@ -61,12 +61,14 @@ class PRMSettings(ScoreSettings, Protocol):
 class PRM:
     """A fitted head, the trunk it reads, and the temperature of the log-probs among its features.
 
-    `score` gives probabilities, `label` the 0/1 labels training uses.
+    `score` gives probabilities, `label` the 0/1 labels training uses. calibrated: False where there were only right or
+    only wrong steps to calibrate on, so that the probabilities are raw and the threshold is 0.5.
     """
 
     trunk: PreTrainedModel
     head: PRMHead
     temperature: float
+    calibrated: bool = True
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], settings: ScoreSettings) -> list[list[float]]:
@@ -121,14 +123,21 @@ def fit_prm(
 
     `settings.prm_trunk` "trained" gives the head a copy of the policy's trunk and trains both; otherwise the policy
     itself is read and left alone. `copy_trunk` False trains the policy's own, for callers with no further use for it.
-    `on_step(step, total, loss)` reports progress, the loss in nats a step.
-    Raises RunError where either part has no labelled step.
+    `on_step(step, total, loss)` reports progress, the loss in nats a step. Where `calibrating` has one class only, the
+    head stays uncalibrated (`PRM.calibrated`).
+    Raises RunError where either part has no labelled step, `fitting` lacks right or wrong ones, or the fit diverges.
     """
     fitting, calibrating = ([r for r in part if set(r.step_labels) - {UNLABELLED}] for part in (fitting, calibrating))
     if not fitting or not calibrating:
         raise RunError(
             f"{len(fitting)} completions with labelled steps to fit the PRM head on, {len(calibrating)} to calibrate "
             "it: both need some; give more labelled problems"
+        )
+    given = [x for r in fitting for x in r.step_labels]
+    if not (given.count(0) and given.count(1)):
+        raise RunError(
+            f"the PRM head would be fitted on {given.count(1)} right and {given.count(0)} wrong steps, and needs "
+            "both: give more labelled problems, or ones of another difficulty"
         )
     train_trunk = settings.prm_trunk == "trained"
     trunk = copy.deepcopy(policy) if train_trunk and copy_trunk else policy
@@ -163,7 +172,15 @@ def fit_prm(
             optimizer.zero_grad()
             schedule.step()
             on_step(epoch * len(batches) + done + 1, total, float(loss.detach()))
-    _calibrate(prm, calibrating, settings)
+    probabilities, truth = _judged(prm, calibrating, settings)
+    if not all(x.isfinite().all() for x in (*head.state_dict().values(), probabilities)):
+        rates = f"prm_learning_rate {settings.prm_learning_rate}"
+        if train_trunk:
+            rates += f" or prm_trunk_learning_rate {settings.prm_trunk_learning_rate}"
+        raise RunError(f"the PRM head diverged, its numbers are not finite: give a lower one than {rates}")
+    prm.calibrated = set(truth.tolist()) == {0, 1}
+    if prm.calibrated:
+        _calibrate(head, probabilities, truth)
     return prm
 
 
@@ -190,11 +207,16 @@ def _class_weights(rollouts: Sequence[Rollout], settings: PRMSettings) -> Tensor
     return torch.tensor([wrong, right])
 
 
-def _calibrate(prm: PRM, held_out: Sequence[Rollout], settings: ScoreSettings) -> None:
-    """Platt scaling of the logits, then the threshold with the best F1 at finding wrong steps."""
-    scored = zip(prm.score(held_out, settings), held_out, strict=True)
+def _judged(prm: PRM, rollouts: Sequence[Rollout], settings: ScoreSettings) -> tuple[Tensor, Tensor]:
+    """(S,) fp64 each: the probabilities and the labels of all labelled steps."""
+    scored = zip(prm.score(rollouts, settings), rollouts, strict=True)
     pairs = [pair for row, r in scored for pair in zip(row, r.step_labels, strict=True) if pair[1] != UNLABELLED]
     probabilities, truth = torch.tensor(pairs, dtype=torch.float64).T
+    return probabilities, truth
+
+
+def _calibrate(head: PRMHead, probabilities: Tensor, truth: Tensor) -> None:
+    """Platt scaling of the logits, then the threshold with the best F1 at finding wrong steps."""
     logits = probabilities.clamp(1e-7, 1 - 1e-7).logit()
     line = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS([line], max_iter=50, line_search_fn="strong_wolfe")
@@ -210,11 +232,11 @@ def _calibrate(prm: PRM, held_out: Sequence[Rollout], settings: ScoreSettings) -
         return loss
 
     optimizer.step(closure)
-    prm.head.scale.copy_(line[0].detach())
-    prm.head.shift.copy_(line[1].detach())
+    head.scale.copy_(line[0].detach())
+    head.shift.copy_(line[1].detach())
     calibrated = (line[0] * logits + line[1]).sigmoid().detach().numpy()
     candidates = np.unique(np.quantile(calibrated, np.linspace(0, 1, 401)))
     scores = [f1(calibrated < t, truth.numpy() == 0) for t in candidates]
     best = int(np.argmax(scores))
     # Halfway to the next candidate below, so that the boundary does not sit on a sample.
-    prm.head.threshold.fill_(float((candidates[best] + candidates[max(best - 1, 0)]) / 2))
+    head.threshold.fill_(float((candidates[best] + candidates[max(best - 1, 0)]) / 2))

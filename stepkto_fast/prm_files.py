@@ -1,7 +1,7 @@
 """A PRM on the disk: the head's tensors and settings, and its trunk where that is not the model beside them.
 
 prm_head/head.safetensors  the head: weights, standardisation, calibration
-prm_config.json            pooling, sizes, temperature, where the trunk is, and a checksum of it
+prm_config.json            pooling, sizes, temperature, where the trunk is, a checksum of it, whether calibrated
 prm_trunk/                 the trunk as save_pretrained writes it, unless it is the model in the same directory
 
 The head has a folder of its own because vLLM takes every *.safetensors file beside a model for weights of the model.
@@ -36,6 +36,7 @@ class PRMConfig:
     temperature: float
     trunk: str
     trunk_checksum: int
+    calibrated: bool = True
 
 
 def save_prm(
@@ -53,6 +54,7 @@ def save_prm(
     config = PRMConfig(
         pooling=prm.head.pooling, hidden_size=prm.trunk.config.get_text_config().hidden_size,
         temperature=prm.temperature, trunk=TRUNK if own_trunk else ".", trunk_checksum=checksum(prm.trunk),
+        calibrated=prm.calibrated,
     )  # fmt: skip
     (folder / HEAD).parent.mkdir(exist_ok=True)
     with replacing(folder / HEAD) as unfinished:
@@ -96,7 +98,7 @@ def load_prm_and_tokenizer(folder: Path | str, device: torch.device) -> tuple[PR
             f"was fitted on ({config.hidden_size} hidden units, other weights): fit the head again "
             "(python -m stepkto_fast.train_prm), or put its own model back"
         )
-    return PRM(trunk.to(device).eval(), head.to(device), config.temperature), tokenizer
+    return PRM(trunk.to(device).eval(), head.to(device), config.temperature, config.calibrated), tokenizer
 
 
 def _read_config(folder: Path) -> PRMConfig:
@@ -120,6 +122,8 @@ def _read_config(folder: Path) -> PRMConfig:
         value = getattr(config, key)
         if type(value) not in kinds or value < 0 or (value == 0 and key != "trunk_checksum"):
             raise RunError(f"{path}: {key} is {value!r}, expected a positive number")
+    if not isinstance(config.calibrated, bool):
+        raise RunError(f"{path}: calibrated is {config.calibrated!r}, expected true or false")
     return config
 
 

@@ -50,7 +50,9 @@ class Recipe:
     answer_column: str | None = setting(None, "column of the gold answer (task math); none: as the dataset is known")
     num_prompts: int = setting(500, "training problems of each iteration: fresh ones, or drawn anew from train_dataset")
     num_test_problems: int = setting(500, "held-out problems of every evaluation; of test_dataset, at most so many")
-    system_prompt: str | None = setting(None, "system message (task math), where the model has a chat template")
+    system_prompt: str | None = setting(
+        None, "system message (task math); in front of the question where the model has no such role"
+    )
     instruction: str | None = setting(None, "text behind each question (task math); none: asks for numbered steps")
     answer_workers: int = setting(2, "processes that compare answers (task math)")
     answer_timeout: float = setting(5.0, "seconds after which an answer counts as unverified (task math)")

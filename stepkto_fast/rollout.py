@@ -4,7 +4,7 @@ Rollouts are stored as one parquet file an iteration; reading one back gives the
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from .atomic import replacing
 from .errors import RunError
 
 UNLABELLED = -1
+ROWS = 4096  # of a row group: what is held twice while a file is written
 
 
 @dataclass
@@ -69,7 +70,11 @@ assert _SCHEMA.names == [f.name for f in fields(Rollout)]
 
 def write_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
     """Writes `rollouts` to a parquet file, whole or not at all."""
-    write_table(pa.Table.from_pylist([asdict(r) for r in rollouts], schema=_SCHEMA), path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, _SCHEMA) as writer:
+        for start in range(0, len(rollouts), ROWS):
+            group = [vars(r) for r in rollouts[start : start + ROWS]]
+            writer.write_table(pa.Table.from_pylist(group, schema=_SCHEMA))
 
 
 def write_table(table: pa.Table, path: Path) -> None:

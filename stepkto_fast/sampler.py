@@ -12,7 +12,7 @@ from typing import Protocol
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from .errors import RunError
-from .recipe import Recipe
+from .recipe import Recipe, needs_seed
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def open_sampler(
                 recipe, directory, context_length(recipe, model), tokenizer.eos_token_id,
                 # Only the continuations of Monte-Carlo labels start from long text that others have, too.
                 prefix_caching=recipe.label_source in ("monte_carlo", "consensus")
-                or recipe.prm_labels == "monte_carlo",
+                or (needs_seed(recipe) and recipe.prm_labels == "monte_carlo"),
             )  # fmt: skip
     except (ImportError, RuntimeError, ValueError) as error:
         raise RunError(

@@ -54,12 +54,18 @@ def tokenize_row(
     found = spans(
         row,
         f"row {index} of the {dataset} dataset",
-        dataset=dataset,
         tokenizer=tokenizer,
         step_separator=step_separator,
         max_length=max_length,
         after_first_error=after_first_error,
     )
+    if found.taken_out:
+        warnings.warn(
+            # without the row's number: the same text is said once
+            f"a prompt of the {dataset} dataset is tokenised otherwise alone than before its completion. What differs, "
+            f"{found.taken_out!r}, is taken out of the prompt, as in KTOTrainer: end prompts where a token ends",
+            stacklevel=2,
+        )
     return {
         "prompt_ids": found.prompt_ids,
         "completion_ids": found.completion_ids,
@@ -75,6 +81,7 @@ class Spans:
 
     starts: where each token of the completion starts, in characters of `text`, also of those that `max_length` has
     cut off; a token that straddles the prompt's end starts below 0, and what a template adds at `len(text)` or behind.
+    taken_out: the end of the prompt that is tokenised otherwise before the completion, and so counts to it; mostly "".
     """
 
     prompt_ids: list[int]
@@ -83,19 +90,24 @@ class Spans:
     step_labels: list[int]
     text: str
     starts: list[int]
+    taken_out: str
 
 
 def spans(
     row: dict[str, Any],
     where: str,
     *,
-    dataset: str,
     tokenizer: PreTrainedTokenizerBase,
     step_separator: str = "\n",
     max_length: int | None = None,
     after_first_error: str = "keep",
+    end_at_eos: bool = False,
 ) -> Spans:
-    """As `tokenize_row`, with the row's name for errors, `where`, and the text that the tokens stand for."""
+    """As `tokenize_row`, with the row's name for errors, `where`, and the text that the tokens stand for.
+
+    end_at_eos: leaves out what a chat template writes behind the end-of-sequence token that follows the text (ChatML: a
+    line break), which no sampled completion has.
+    """
     labels = _labels(row, where)
     text, characters = _text(row, where, step_separator, labels is not None)
     if labels is None:
@@ -104,7 +116,11 @@ def spans(
         raise ValueError(
             f"{where} has {len(labels)} labels for {len(characters)} steps: give one a step (null: unlabelled)"
         )
-    prompt_ids, completion_ids, starts = _encode(row, where, dataset, text, tokenizer)
+    prompt_ids, completion_ids, starts, taken_out = _encode(row, where, text, tokenizer)
+    if end_at_eos:
+        marks = (n for n, token in enumerate(completion_ids) if token == tokenizer.eos_token_id)
+        end = next((n + 1 for n in marks if starts[n] >= len(text)), len(starts))
+        completion_ids, starts = completion_ids[:end], starts[:end]
     steps = [bisect_right(characters[:-1], start) for start in starts]
     written = [step for step, start in zip(steps, starts, strict=True) if start < len(text)]  # not the mark at the end
     empty = set(range(len(characters))) - set(written)
@@ -121,7 +137,7 @@ def spans(
         whole = [end for end in ends if end <= len(completion_ids)]
         cut = [len(completion_ids)] if len(completion_ids) > (whole[-1] if whole else 0) else []
         ends, labels = whole + cut, labels[: len(whole)] + [UNLABELLED] * len(cut)
-    return Spans(prompt_ids, completion_ids, ends, labels, text, starts)
+    return Spans(prompt_ids, completion_ids, ends, labels, text, starts, taken_out)
 
 
 def _text(row: dict[str, Any], where: str, separator: str, labelled: bool) -> tuple[str, list[int]]:
@@ -160,9 +176,10 @@ def _labels(row: dict[str, Any], where: str) -> list[int] | None:
 
 
 def _encode(
-    row: dict[str, Any], where: str, dataset: str, text: str, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[int], list[int]]:
-    """Ids of the prompt and of the completion, and where each of the latter starts, in characters of `text`."""
+    row: dict[str, Any], where: str, text: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int], list[int], str]:
+    """Ids of the prompt and of the completion, where each of the latter starts, in characters of `text`, and what of
+    the prompt's end is tokenised otherwise alone."""
     prompt = row["prompt"]
     chat = not isinstance(prompt, str)
     if chat:
@@ -190,19 +207,11 @@ def _encode(
     encoded = tokenizer(whole, add_special_tokens=not chat, return_offsets_mapping=True)
     ids = encoded["input_ids"]
     shared = _shared(prompt_ids, ids)
-    if shared < len(prompt_ids):
-        warnings.warn(
-            # without the row's number: the same text is said once
-            f"a prompt of the {dataset} dataset is tokenised otherwise alone than before its completion. What differs, "
-            f"{tokenizer.decode(prompt_ids[shared:])!r}, is taken out of the prompt, as in KTOTrainer: end prompts "
-            "where a token ends",
-            stacklevel=2,
-        )
     if not shared or shared == len(ids):
         raise ValueError(f"{where} has {shared} prompt and {len(ids) - shared} completion tokens: give at least 1 each")
     # Tokens that a tokenizer adds have the empty span (0, 0): they belong where they stand.
     starts = accumulate((start for start, _ in encoded["offset_mapping"][shared:]), max)
-    return ids[:shared], ids[shared:], [start - begin for start in starts]
+    return ids[:shared], ids[shared:], [start - begin for start in starts], tokenizer.decode(prompt_ids[shared:])
 
 
 def _shared(one: Sequence, other: Sequence) -> int:

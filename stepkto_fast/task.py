@@ -44,6 +44,17 @@ class Demonstrations:
     tokenizer: PreTrainedTokenizerBase
 
 
+class Asking(Protocol):
+    """What decides how a question is asked: the recipe, or settings of other commands with these keys."""
+
+    @property
+    def task(self) -> str: ...
+    @property
+    def instruction(self) -> str | None: ...
+    @property
+    def system_prompt(self) -> str | None: ...
+
+
 class Task(Protocol):
     """What the loop asks of a task. A problem is whatever `problems` gives; the loop only hands it back."""
 
@@ -57,6 +68,9 @@ class Task(Protocol):
 
     def prompt(self, problem: Any, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
         """The prompt as text and as token ids."""
+
+    def place(self, problem: Any) -> str:
+        """Where a problem stands, or what it is, for messages."""
 
     def answer(self, problem: Any) -> str:
         """The gold answer."""
@@ -79,7 +93,9 @@ def open_task(recipe: Recipe) -> Task:
     return MathTask(recipe) if recipe.task == "math" else ArithmeticTask(recipe)
 
 
-def asked_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str, Any]]:
+def asked_rows(
+    rows: Sequence[dict[str, Any]], recipe: Asking, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
     """Labelled rows whose prompt is a bare question (one message of the user) asked as the math task asks.
 
     Other prompts, and those of other tasks, stay as they are.
@@ -87,15 +103,13 @@ def asked_rows(rows: Sequence[dict[str, Any]], recipe: Recipe) -> list[dict[str,
     if recipe.task != "math":
         return list(rows)
     instruction = math.INSTRUCTION if recipe.instruction is None else recipe.instruction
-    system = [{"role": "system", "content": recipe.system_prompt}] if recipe.system_prompt else []
     asked = []
     for row in rows:
         prompt = row["prompt"]
         if not isinstance(prompt, str) and [message["role"] for message in prompt] == ["user"]:
             question = prompt[0]["content"]
-            text = f"{question}\n\n{instruction}" if instruction else question
-            row = {**row, "prompt": [*system, {"role": "user", "content": text}]}
-        asked.append(row)
+            prompt = math.asked(question, tokenizer, system_prompt=recipe.system_prompt, instruction=instruction)
+        asked.append({**row, "prompt": prompt})
     return asked
 
 
@@ -106,7 +120,8 @@ def _iterations(pool: list[Any], recipe: Recipe, seeds: int, purpose: str) -> tu
     """
     if len(pool) < MIN_POOL:
         raise RunError(
-            f"{recipe.train_dataset!r} has {len(pool)} different problems that are not held out: give at least {MIN_POOL}"
+            f"{recipe.train_dataset!r} has {len(pool)} different problems that are not held out: give at "
+            f"least {MIN_POOL}"
         )
     rng = random.Random(f"{purpose} {recipe.seed}")
     rng.shuffle(pool)
@@ -151,6 +166,9 @@ class ArithmeticTask:
 
     def prompt(self, problem: arithmetic.Problem, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[int]]:
         return problem.prompt, list(tokenizer(problem.prompt, add_special_tokens=False)["input_ids"])
+
+    def place(self, problem: arithmetic.Problem) -> str:
+        return repr(problem.prompt.strip()[:60])
 
     def answer(self, problem: arithmetic.Problem) -> str:
         return str(problem.answer)
@@ -256,6 +274,9 @@ class MathTask:
         if ids and ids[-1] == tokenizer.eos_token_id and not prompt.templated:
             ids.pop()  # some tokenizers end every text; the completion is still to come
         return prompt.text, ids
+
+    def place(self, problem: math.Problem) -> str:
+        return f"{problem.source} ({problem.question.strip()[:60]!r})"
 
     def answer(self, problem: math.Problem) -> str:
         return problem.answer

@@ -27,6 +27,7 @@ from .prm_files import CONFIG, save_prm
 from .prm_metrics import agreement, first_error, known_first_error, process_bench
 from .recipe import parse_settings, setting
 from .rollout import UNLABELLED, Rollout
+from .task import asked_rows
 
 
 @dataclass
@@ -41,6 +42,13 @@ class PRMTraining:
     data_split: str | None = setting(None, "split of data")
     data_neutral: Literal["correct", "incorrect", "unlabelled"] = setting("correct", "what PRM800K's rating 0 means")
     separator: str = setting("\n", "text between two steps of a row")
+    task: Literal["arithmetic", "math"] = setting(
+        "arithmetic", "arithmetic: prompts stay as they are; math: bare questions are asked as the math task asks them"
+    )
+    system_prompt: str | None = setting(None, "system message of those questions, as in the run (task math)")
+    instruction: str | None = setting(
+        None, "text behind each of those questions, as in the run (task math); none: asks for numbered steps"
+    )
     output_dir: str = setting("runs/prm", "where head, settings and metrics go; the model's directory is a good place")
     overwrite: bool = setting(False, "replace a PRM that is already in output_dir")
     export: str | None = setting(None, "directory for a token-classification model too (prm_pooling: last)")
@@ -69,6 +77,9 @@ class PRMTraining:
         for key in ("model", "data"):
             if not getattr(self, key):
                 raise RunError(f"{key} is missing: give --{key}")
+        for key in ("system_prompt", "instruction"):
+            if getattr(self, key) is not None and self.task != "math":
+                raise RunError(f"{key} is set, but task is {self.task}: it is of use with --task math only")
         for key in ("prm_epochs", "max_tokens_per_micro_batch"):
             if getattr(self, key) < 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give at least 1")
@@ -123,19 +134,23 @@ def _read(
     found = read_labelled(
         settings.data, format=settings.data_format, split=settings.data_split, neutral=settings.data_neutral
     )
+    notes: list[str] = []
     with progress_bar(console, "tokenising") as advance:
         rollouts, complaints = labelled_rollouts(
-            found.rows, tokenizer, separator=settings.separator,
+            asked_rows(found.rows, settings, tokenizer), tokenizer, separator=settings.separator,
             max_length=settings.max_length or policy.config.get_text_config().max_position_embeddings,
-            on_progress=advance,
+            on_progress=advance, on_note=notes.append,
         )  # fmt: skip
-    complaints = found.complaints + complaints
-    say_complaints(console, complaints, "rows")
+    say_complaints(console, found.complaints, "rows")
+    say_complaints(console, complaints, "completions")
+    for note in notes:
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     labels = [x for r in rollouts for x in r.step_labels]
     return rollouts, {
         "rows": found.read,
-        "skipped_rows": len(complaints),
+        "skipped_rows": found.skipped,
         "completions": len(rollouts),
+        "skipped_completions": len(found.rows) - len(rollouts),
         "completions_without_labels": sum(set(r.step_labels) <= {UNLABELLED} for r in rollouts),
         "completions_cut": sum(not r.finished for r in rollouts),
         "right_steps": labels.count(1),
@@ -184,8 +199,9 @@ def _measure(prm: PRM, held_out: Sequence[Rollout], settings: PRMTraining) -> di
 def _show(metrics: dict, console: Console) -> None:
     counts, view, errors = metrics["counts"], metrics["held_out"], metrics["held_out_first_errors"]
     console.print(
-        f"{counts['rows']} rows, {counts['skipped_rows']} skipped; {counts['completions_without_labels']} completions "
-        f"without labels, {counts['completions_cut']} cut; {counts['right_steps']} right steps, "
+        f"{counts['rows']} rows, {counts['skipped_rows']} skipped; {counts['completions']} completions, "
+        f"{counts['skipped_completions']} skipped, {counts['completions_without_labels']} without labels, "
+        f"{counts['completions_cut']} cut at max_length; {counts['right_steps']} right steps, "
         f"{counts['wrong_steps']} wrong ones, {counts['unlabelled_steps']} without a label",
         markup=False,
         soft_wrap=True,

@@ -67,6 +67,33 @@ def test_a_target_that_names_nothing_is_an_error(model):
         add_adapters(model, Recipe(lora_rank=2, lora_target="no_such_module"), seed=0)
 
 
+@needs_peft
+def test_the_lm_head_is_no_target(model):
+    with pytest.raises(RunError, match="takes in the LM head, which stays frozen"):
+        add_adapters(model, Recipe(lora_rank=2, lora_target=".*(q_proj|lm_head)"), seed=0)
+
+
+@needs_peft
+def test_a_checkpoint_of_a_tied_model_holds_the_adapters_alone(tokenizer, tmp_path):
+    from safetensors.torch import load_file
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from stepkto_fast.run_directory import Progress, RunDirectory
+
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    tied = LlamaForCausalLM(config)
+    add_adapters(tied, LORA, seed=0)
+    run = RunDirectory(Recipe(output_dir=str(tmp_path / "run")))
+    optimizer = torch.optim.AdamW([p for p in tied.parameters() if p.requires_grad])
+    run.save_step(tied, optimizer, Progress(step=1))
+    saved = load_file(tmp_path / "run" / "checkpoints" / "iteration_0_step_1" / "model.safetensors")
+    assert saved
+    assert all("lora_" in name for name in saved)
+
+
 def test_rank_0_trains_all_weights(model):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     add_adapters(model, Recipe(), seed=0)()

@@ -108,8 +108,52 @@ def test_bad_rows_are_named_and_counted_and_the_others_train(tmp_path, data, rol
     said = " ".join(capsys.readouterr().out.split())
     assert f"skipped {path}:{len(good) + 1}" in said
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["counts"]["skipped_rows"] == 4, "three bad rows, and a summary of those without an outcome"
+    assert summary["counts"]["skipped_rows"] == 4, "three bad rows, and one without an outcome"
     assert len(read_rollouts(tmp_path / "run" / "rollouts" / "iteration_0.parquet")) == len(good) - 4
+
+
+def test_unpaired_completions_train_on_outcomes_alone(tmp_path, data, rollouts):
+    """TRL's unpaired preference: nobody labelled a step, so nothing is said of steps."""
+    _, path = data
+    rows = [{"prompt": r.prompt, "completion": r.completion, "label": r.label} for r in rollouts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(arguments(data, tmp_path / "run", "--num_train_epochs", "1")) == 0
+    after = json.loads((tmp_path / "run" / "summary.json").read_text())["iterations"][1]
+    assert after["step_auroc"] is None
+    for r in read_rollouts(tmp_path / "run" / "rollouts" / "iteration_0.parquet"):
+        assert set(r.step_labels) == {-1}
+        assert len(r.step_ends) == r.completion.count("\n") + 1, "cut into lines all the same"
+
+
+def test_prompts_without_an_outcome_do_not_use_up_the_held_out_ones(tmp_path, data, rollouts):
+    """The first and every tenth prompt lack an outcome: others are held out."""
+    _, path = data
+    rows = [row(r) for r in rollouts]
+    for made, r in zip(rows, rollouts, strict=True):
+        if r.problem_id % 10 == 0:
+            del made["label"]
+    path.write_text("".join(json.dumps(made) + "\n" for made in rows))
+    assert main(arguments(data, tmp_path / "run", "--num_train_epochs", "1")) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["counts"]["skipped_rows"] == sum("label" not in made for made in rows) == 4
+    assert len({r.prompt for r in read_rollouts(tmp_path / "run" / "rollouts" / "held_out.parquet")}) == 1
+
+
+def test_a_completion_that_is_cut_off_is_left_out_with_its_outcome(tmp_path, data, rollouts, capsys):
+    longest = max(len(r) for r in rollouts)
+    too_long = sum(len(r) == longest for r in rollouts)
+    given = arguments(data, tmp_path / "run", "--num_train_epochs", "1", "--context_length", str(longest - 1))
+    assert main(given) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["counts"]["skipped_rows"] == too_long
+    assert f"longer than context_length ({longest - 1} tokens)" in " ".join(capsys.readouterr().out.split())
+    kept = [
+        r
+        for name in ("iteration_0", "held_out")
+        for r in read_rollouts(tmp_path / "run" / "rollouts" / f"{name}.parquet")
+    ]
+    assert len(kept) == len(rollouts) - too_long
+    assert all(r.finished for r in kept)
 
 
 @pytest.mark.parametrize(

@@ -189,13 +189,13 @@ def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, mod
     assert len(skipped) == sum(n > lengths[len(lengths) // 2] for n in lengths) > 0
     assert all("lower the latter or raise the former" in c for c in skipped)
     with pytest.raises(
-        RunError, match=r"no prompt of 40 can be used; first complaint: prompt 0 .* tokens, context_length"
+        RunError, match=r"no prompt of 40 can be used; first complaint: prompt 0, '.*': 14 tokens, context_length"
     ):
         ask(task, problems, tokenizer, model, Recipe(max_completion_length=95))
     foreign = arithmetic.problem(problems[0].expression, "words")
     fitting, skipped = ask(task, [problems[0], foreign], tokenizer, model, Recipe())
     assert [a.problem for a in fitting] == [problems[0]]
-    assert "prompt 1 ('A counter shows" in skipped[0]
+    assert "prompt 1, 'A counter shows" in skipped[0]
     assert "does not know" in skipped[0]
 
 

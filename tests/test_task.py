@@ -11,7 +11,8 @@ from stepkto_fast.errors import RunError
 from stepkto_fast.policy import build_byte_tokenizer
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.setup_run import require_labels
-from stepkto_fast.task import ArithmeticTask, open_task
+from stepkto_fast.task import ArithmeticTask, asked_rows, open_task
+from stepkto_fast.tasks import math
 
 needs_math_verify = pytest.mark.skipif(
     importlib.util.find_spec("math_verify") is None, reason="math-verify is not installed"
@@ -139,6 +140,32 @@ def test_special_tokens_are_added_once(tmp_path):
         assert problem.question in templated
         assert problem.question in text
         assert task.check_steps(problem, ["a", "b"]) == [-1, -1]
+
+
+@pytest.mark.parametrize("template", ["none", "with system role", "rejects it", "drops it"])
+def test_labelled_questions_are_asked_as_rollouts_are(template):
+    """With the same system prompt and instruction, by every kind of chat template."""
+    tokenizer = build_byte_tokenizer(["What is 1 + 1? Be brief."])
+    message = "[{{ m.role }}]{{ m.content }}"
+    tokenizer.chat_template = {
+        "none": None,
+        "with system role": "{% for m in messages %}" + message + "{% endfor %}[assistant]",
+        "rejects it": "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no') }}{% endif %}"
+        + message + "{% endfor %}[assistant]",
+        "drops it": "{% for m in messages if m.role != 'system' %}" + message + "{% endfor %}[assistant]",
+    }[template]  # fmt: skip
+    recipe = math_recipe(system_prompt="Be brief.", instruction="In steps.")
+    bare = [{"role": "user", "content": "What is $1 + 1$?"}]
+    rows = [{"prompt": bare, "n": 1}, {"prompt": "A text", "n": 2}, {"prompt": [*bare, bare[0]], "n": 3}]
+    found = asked_rows(rows, recipe, tokenizer)
+    assert found[1:] == rows[1:], "a text, or a conversation, is taken as it is"
+    asked = found[0]["prompt"]
+    if template != "none":
+        asked = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    wanted = math.prompt("What is $1 + 1$?", tokenizer, system_prompt="Be brief.", instruction="In steps.")
+    assert asked == wanted.text
+    assert "Be brief." in asked
+    assert asked_rows(rows, Recipe(), tokenizer) == rows, "other tasks have no instruction"
 
 
 def test_who_cannot_label_steps_is_told_before_the_run_starts(tmp_path):

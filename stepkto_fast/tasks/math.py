@@ -88,7 +88,7 @@ def problems(
     be given. split: none takes the data set's split for the purpose ("train" or "test"); of other sources the only
     one. question_column, answer_column: of sources that are not known by name.
 
-    Of problems with the same question (but for spacing) the first is kept; the last complaint counts the others.
+    Of problems with the same question (but for spacing) the first is kept.
 
     Raises:
         RunError: no such source or split, a column that no row has, or no usable row.
@@ -97,7 +97,6 @@ def problems(
     found: dict[str, Problem] = {}
     complaints: list[str] = []
     columns: set[str] = set()
-    repeated = differing = 0
     for where, row, complaint in _rows(source, schema, split, purpose):
         if row is None:
             complaints.append(f"{where}: {complaint}")
@@ -109,18 +108,14 @@ def problems(
             complaints.append(f"{where}: {error}")
             continue
         first = found.setdefault(" ".join(problem.question.split()), problem)
-        repeated += first is not problem
-        differing += first.answer != problem.answer
+        if first is not problem:
+            differs = "" if first.answer == problem.answer else ", with another answer"
+            complaints.append(f"{where}: repeats the question of {first.source}{differs}; the first is kept")
     if columns:
         _require(source, schema, schema.question, columns, "question_column")
         _require(source, schema, [column for column, _ in schema.gold], columns, "answer_column")
     if not found:
         raise RunError(f"{source!r} holds no usable problem; first complaint: {(complaints or ['it is empty'])[0]}")
-    if repeated:
-        complaints.append(
-            f"{source}: {repeated} rows repeat an earlier question, {differing} of them with another answer; "
-            "the first of each is kept"
-        )
     return list(found.values()), complaints
 
 
@@ -223,29 +218,44 @@ def prompt(
     Raises:
         RunError: the template fails on a message of the user, or does not repeat the question.
     """
-    asked = f"{question}\n\n{instruction}" if instruction else question
-    with_system = f"{system_prompt}\n\n{asked}" if system_prompt else asked
+    found = asked(question, tokenizer, system_prompt=system_prompt, instruction=instruction)
+    if isinstance(found, str):
+        return Prompt(found, templated=False)
+    return Prompt(_render(tokenizer, found), templated=True)
+
+
+def asked(
+    question: str,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    system_prompt: str | None = None,
+    instruction: str = INSTRUCTION,
+) -> str | list[dict[str, str]]:
+    """What `prompt` renders: chat messages that the tokenizer's template takes, or plain text where it has none."""
+    text = f"{question}\n\n{instruction}" if instruction else question
+    with_system = f"{system_prompt}\n\n{text}" if system_prompt else text
     if not tokenizer.chat_template:
-        return Prompt(with_system + "\n", templated=False)
-    text = ""
+        return with_system + "\n"
+    rendered = ""
     if system_prompt:
+        messages = [{"role": "system", "content": system_prompt}, {"role": "user", "content": text}]
         with suppress(Exception):  # a template is a program: it may raise anything
-            text = _render(tokenizer, {"system": system_prompt, "user": asked})
-    if not system_prompt or system_prompt.strip() not in text:
+            rendered = _render(tokenizer, messages)
+    if not system_prompt or system_prompt.strip() not in rendered:
+        messages = [{"role": "user", "content": with_system}]
         try:
-            text = _render(tokenizer, {"user": with_system})
+            rendered = _render(tokenizer, messages)
         except Exception as error:
             raise RunError(
                 f"the tokenizer's chat template fails on a message with the role 'user' ({type(error).__name__}: "
                 f"{error}); {TEMPLATE_REMEDY}"
             ) from error
-    if question.strip() not in text:
+    if question.strip() not in rendered:
         raise RunError(
             f"the tokenizer's chat template leaves out or changes a message with the role 'user'; {TEMPLATE_REMEDY}"
         )
-    return Prompt(text, templated=True)
+    return messages
 
 
-def _render(tokenizer: PreTrainedTokenizerBase, contents: dict[str, str]) -> str:
-    messages = [{"role": role, "content": content} for role, content in contents.items()]
+def _render(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
     return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
