@@ -61,22 +61,36 @@ def parse_in_two_stages() -> None:
     Converter.create_parser, Converter.parse = create_parser_of_mode, parse_twice
 
 
+def parts_of(x) -> list:
+    """An expression itself, both ends of an interval, those of all intervals of a union; nothing of anything else."""
+    from sympy import Expr, Interval, Union
+
+    if isinstance(x, Expr):
+        return [] if x.is_Matrix else [x]
+    intervals = x.args if isinstance(x, Union) else (x,)
+    return [end for i in intervals for end in i.args[:2]] if all(isinstance(i, Interval) for i in intervals) else []
+
+
 def differ_at_a_point(gold: list, answer: list) -> bool:
-    """Whether two expressions in the same symbols have clearly different values somewhere.
+    """Whether two expressions in the same symbols have clearly different values somewhere, or two sets of intervals
+    clearly different ends.
 
     Then no algebra makes them equal, and sympy need not try for long to simplify their difference.
     """
     from sympy import Expr, Float, UnevaluatedExpr
 
-    if not all(len(x) == 1 and isinstance(x[0], Expr) and not x[0].is_Matrix for x in (gold, answer)):
+    if not len(gold) == len(answer) == 1:
         return False
     a, b = gold[0], answer[0]
+    parts, others = parts_of(a), parts_of(b)
+    if not parts or len(parts) != len(others) or isinstance(a, Expr) != isinstance(b, Expr):
+        return False
     if a.free_symbols != b.free_symbols or a.has(UnevaluatedExpr) or b.has(UnevaluatedExpr):  # those are percentages
         return False
     point = {symbol: Float(1.37) + n / 7 for n, symbol in enumerate(sorted(a.free_symbols, key=str))}
     try:
-        left, right = complex(a.evalf(subs=point)), complex(b.evalf(subs=point))
-        return abs(left - right) > CLEARLY * (1 + abs(left) + abs(right))
+        values = [sorted((complex(x.evalf(subs=point)) for x in xs), key=lambda z: z.real) for xs in (parts, others)]
+        return any(abs(x - y) > CLEARLY * (1 + abs(x) + abs(y)) for x, y in zip(*values, strict=True))
     except (ArithmeticError, AttributeError, TypeError, ValueError):  # no number, or too large a one
         return False
 

@@ -14,29 +14,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import combinations
+from itertools import compress
+from operator import not_
 
 from .answer_pool import INSTALL, WorkerPool
+from .answer_text import extract_answer, leading_number, normalised, plain_number
 from .errors import RunError
 
 # What exceeds these is not parsed at all: it would take seconds, and no answer to a problem looks like that.
 MAX_CHARACTERS = 2000
 MAX_DEPTH = 16
 GIANT_POWER = re.compile(
-    r"\^\s*\{?\s*-?\s*[0-9][0-9,.]{6,}"  # an exponent of seven digits
+    r"\^\s*(?:\{\s*)?(?:-\s*)?[0-9][0-9,.]{6,}"  # an exponent of seven digits
     r"|\^\s*\{[^{}^]*\^\s*\{[^{}^]*\^|\^\s*[0-9]+\s*\^\s*[0-9]+\s*\^"  # a tower of four
 )
+RELATION = re.compile(r"[=<>≤≥≠∈]|\\(?:le(?!ft)|ge|ne(?!g)|lt|gt|not|in(?![a-z]))")
 
-BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-STATEMENT = re.compile(r"\banswer\b\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
-STATEMENT_END = re.compile(r"\.(?:[\s*]|$)|\n")
-
-DELIMITER = re.compile(r"(\\\\)|\\?\$|\\[()\[\]]")  # a line break of a matrix is none, though a bracket may follow
-SEPARATOR = re.compile(r"(?<=[0-9])(?:\\[,!:; ]|\{,\}(?:\\!)?|,\\!)(?=[0-9]{3}(?![0-9]))")
-MIXED = re.compile(r"([+-]?[0-9]+)\s+([0-9]+)/([0-9]+)")
-DECIMAL = re.compile(r"[+-]?(?:(?:[0-9]+|[1-9][0-9]{0,2}(?:,[0-9]{3})+)(?:\.[0-9]+)?|\.[0-9]+)")
-FRACTION = re.compile(r"([+-]?)(?:\\[dtc]?frac\{([0-9]+)\}\{([0-9]+)\}|\\[dtc]?frac([0-9])([0-9])|([0-9]+)/([0-9]+))")
-MAX_DIGITS = 100
 # math-verify rounds decimals to six places, and its floats have 15 digits.
 SURELY_DIFFERENT = Fraction(2, 10**6)
 SURELY_PRECISE = 10**8
@@ -54,64 +47,7 @@ class Verdict:
     answer: str | None
 
 
-# ---- which answer a completion gives ----
-
-
-def extract_answer(completion: str, finished: bool = True) -> str | None:
-    r"""The answer that `completion` states, None where it states none. Takes time linear in its length.
-
-    The last `\boxed{...}` or `\fbox{...}` that is closed and not empty. Without one, and only if the completion is
-    `finished`: what follows `####` in the last line, or the last "answer is", "answer:" or "answer =", up to the end
-    of that sentence.
-    """
-    box = _last_box(completion)
-    return _statement(completion) if box is None and finished else box
-
-
-def _last_box(text: str) -> str | None:
-    opened: list[tuple[int, bool]] = []
-    start, found = -1, None
-    for match in BRACE.finditer(text):
-        token = match.group()
-        if token[-1] == "{" and token != r"\{":
-            opened.append((match.end(), len(token) > 1))
-        elif token == "}" and opened:
-            begin, boxed = opened.pop()
-            if boxed and begin > start and (content := text[begin : match.start()].strip()):
-                start, found = begin, content
-    return found
-
-
-def _statement(text: str) -> str | None:
-    last_line = text.rstrip().rpartition("\n")[2].strip()
-    if re.match("####[^#]", last_line):
-        return last_line[4:].strip() or None
-    starts = [match.end() for match in STATEMENT.finditer(text)]
-    if not starts:
-        return None
-    end = STATEMENT_END.search(text, starts[-1])
-    return text[starts[-1] : end.start() if end else None].strip(" \t*") or None
-
-
 # ---- what can be decided without parsing ----
-
-
-def normalised(answer: str) -> str:
-    """`answer` without delimiters, separators of thousands that are not commas, and a full stop."""
-    text = SEPARATOR.sub("", DELIMITER.sub(r"\1", answer)).strip()
-    return MIXED.sub(r"\1\\frac{\2}{\3}", text) if MIXED.fullmatch(text) else text.rstrip(".").rstrip()
-
-
-def plain_number(text: str) -> tuple[Fraction, bool] | None:
-    """The value of an integer, decimal or simple fraction, and whether it is no decimal; None for all other text."""
-    if len(text) > MAX_DIGITS:
-        return None
-    if DECIMAL.fullmatch(text):
-        return Fraction(text.replace(",", "")), "." not in text
-    if match := FRACTION.fullmatch(text):
-        above, below = (int(x) for x in match.groups()[1:] if x is not None)
-        return (Fraction(above, below) * (-1 if match[1] == "-" else 1), True) if below else None
-    return None
 
 
 def decided(gold: str, answer: str) -> bool | None:
@@ -176,7 +112,7 @@ class AnswerChecker:
         for n, gold in enumerate(golds):
             if not isinstance(gold, str):
                 found[n] = f"the answer is of type {type(gold).__name__}: give text"
-            elif not (text := normalised(gold)):
+            elif not (text := _without_unit(normalised(gold))):
                 found[n] = "the answer is empty"
             elif over_limits(text):
                 found[n] = f"the answer {_shown(gold)} is too long, too deep or too large to be parsed"
@@ -204,10 +140,7 @@ class AnswerChecker:
         on_progress gets how many distinct answers are checked, and of how many.
         """
         answers = [extract_answer(text, whole) for text, whole in zip(completions, finished, strict=True)]
-        pairs = [
-            (normalised(gold), normalised(answer)) if answer is not None else None
-            for gold, answer in zip(golds, answers, strict=True)
-        ]
+        pairs = [None if answer is None else _pair(gold, answer) for gold, answer in zip(golds, answers, strict=True)]
         same = self._same((pair for pair in pairs if pair), on_progress)
         return [
             Verdict(bool(pair and same[pair]), pair is None or same[pair] is not None, answer)
@@ -221,24 +154,58 @@ class AnswerChecker:
         first counts. None where no answer is given.
         """
         texts = [[None if answer is None else normalised(answer) for answer in given] for given in answers]
-        classes = [{text: text for text in given if text is not None} for given in texts]  # to the first of its class
-        for swapped in (False, True):
-            open_pairs = [
-                [(b, a) if swapped else (a, b) for a, b in combinations(first_of, 2) if first_of[a] != first_of[b]]
-                for first_of in classes
-            ]
-            same = self._same(pair for pairs in open_pairs for pair in pairs)
-            for first_of, pairs in zip(classes, open_pairs, strict=True):
-                order = {text: n for n, text in enumerate(first_of)}
-                for a, b in pairs:
-                    kept, joined = sorted((first_of[a], first_of[b]), key=order.__getitem__)
-                    if same[a, b] and kept != joined:
-                        first_of.update({text: kept for text, first in first_of.items() if first == joined})
+        distinct = [list(dict.fromkeys(text for text in given if text is not None)) for given in texts]
+        seen = {text for given in distinct for text in given}
+        numbers = {text for text in seen if plain_number(text)}
+        relations = {text for text in seen if RELATION.search(text)}
+        classes: list[list[list[str]]] = [[] for _ in texts]  # of each problem, in the order of their first members
+        for n in range(max(map(len, distinct), default=0)):
+            new = [(given[n], found) for given, found in zip(distinct, classes, strict=True) if n < len(given)]
+            self._sort_in(new, numbers, relations)
         winners = []
-        for given, first_of in zip(texts, classes, strict=True):
-            sizes = Counter(first_of[text] for text in given if text is not None)
-            winners.append(given.index(max(sizes, key=sizes.__getitem__)) if sizes else None)
+        for given, found in zip(texts, classes, strict=True):
+            count = Counter(given)
+            largest = max(found, key=lambda members: sum(count[text] for text in members), default=None)
+            winners.append(given.index(largest[0]) if largest else None)
         return winners
+
+    def _sort_in(self, new: Sequence[tuple[str, list[list[str]]]], numbers: set[str], relations: set[str]) -> None:
+        """Puts each new answer into the classes of its problem; those that it connects become one.
+
+        It is compared with the first member of each class, and the other way round only where nothing matched.
+        Relations are compared with all members in both directions: through them equality is not transitive, for
+        5 equals both x = 5 and y = 5.
+        """
+        apart = [list(found) for _, found in new]
+        joined: list[list[list[str]]] = [[] for _ in new]
+
+        def compared(text: str, members: list[str], matched: bool, first: bool, swapped: bool) -> list[str]:
+            if first and not (swapped and (matched or (text in numbers and members[0] in numbers))):
+                return members[:1]
+            rest = members[:1] if first else members[1:]
+            return rest if text in relations else [old for old in rest if old in relations]
+
+        for first, swapped in ((True, False), (True, True), (False, False), (False, True)):
+            pairs = [
+                [
+                    [(text, old) if swapped else (old, text) for old in compared(text, kind, bool(own), first, swapped)]
+                    for kind in kinds
+                ]
+                for (text, _), kinds, own in zip(new, apart, joined, strict=True)
+            ]
+            same = self._same(pair for kinds in pairs for kind in kinds for pair in kind)
+            for n, asked in enumerate(pairs):
+                equal = [any(same[pair] for pair in kind) for kind in asked]
+                joined[n] += compress(apart[n], equal)
+                apart[n] = list(compress(apart[n], map(not_, equal)))
+        for (text, found), own in zip(new, joined, strict=True):
+            merged = [kind for kind in found if kind in own] or [[]]
+            if not own:
+                found += merged
+            for kind in merged[1:]:
+                merged[0].extend(kind)
+                found.remove(kind)
+            merged[0].append(text)
 
     def _same(
         self, pairs: Iterable[Pair], on_progress: Callable[[int, int], None] | None = None
@@ -262,6 +229,16 @@ class AnswerChecker:
                 if same is not None:  # what was left open, say for want of time, may be decided another day
                     self._memo[pair] = same
         return found
+
+
+def _pair(gold: str, answer: str) -> Pair:
+    """Normalised; a gold answer with a unit, "18 dollars", takes the number alone as well."""
+    left, right = normalised(gold), normalised(answer)
+    return (left if left == right else _without_unit(left), right)
+
+
+def _without_unit(gold: str) -> str:
+    return normalised(leading_number(gold))
 
 
 def _shown(gold: str) -> str:

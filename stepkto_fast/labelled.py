@@ -171,8 +171,8 @@ def labelled_rollouts(
     if taken_out:
         first, text = taken_out[0]
         on_note(
-            f"{len(taken_out)} prompts, the first one {first}, are tokenised otherwise alone than before their "
-            f"completion. What differs, there {text!r}, is taken out of the prompt: end prompts where a token ends"
+            f"prompts that are tokenised otherwise alone than before their completion: {len(taken_out)}, the first in "
+            f"{first}. What differs, there {text!r}, is taken out of the prompt: end prompts where a token ends"
         )
     return rollouts, complaints
 

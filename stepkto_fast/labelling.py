@@ -36,12 +36,22 @@ def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | N
     if not (recipe.prm_dataset or s.seed):
         return None
     fitting, calibrating = _labelled_data(s) if recipe.prm_dataset else _seed_set(s)
+    classes = {x for r in fitting for x in r.step_labels} - {UNLABELLED}
+    if len(classes) < 2 and recipe.label_source not in ("head", "consensus"):
+        s.recorder.say(f"no PRM head to be audited: the steps it would be fitted on have the labels {sorted(classes)}")
+        return None
     with s.recorder.bar("prm", f"fitting the PRM head on M_{s.progress.iteration}") as advance:
         seed = derived_seed(recipe, "prm", 0 if frozen else s.progress.iteration)
-        return fit_prm(
+        prm = fit_prm(
             s.initial if frozen else policy, fitting, calibrating, recipe, seed,
             on_step=lambda step, total, loss: advance(step, total, f"loss {loss:.3f}"),
         )  # fmt: skip
+    if not prm.calibrated:
+        s.recorder.say(
+            "warning: the PRM head is not calibrated and its threshold is 0.5, since the steps to calibrate it on are "
+            "all right or all wrong: raise prm_seed_problems"
+        )
+    return prm
 
 
 def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
@@ -51,12 +61,12 @@ def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
     longest = context_length(recipe, s.initial)
     rollouts, complaints = labelled_rollouts(
         asked_rows(found.rows, recipe, s.tokenizer), s.tokenizer, max_length=longest,
-        style=step_style(recipe.step_style, recipe.step_pattern),
+        style=step_style(recipe.step_style, recipe.step_pattern), on_note=s.recorder.say,
     )  # fmt: skip
-    complaints = found.complaints + complaints
     if "skipped_prm_rows" not in s.progress.counts:
-        say_complaints(s.recorder.console, complaints, "rows of prm_dataset")
-    s.progress.counts["skipped_prm_rows"] = len(complaints)
+        say_complaints(s.recorder.console, found.complaints + complaints, "rows of prm_dataset")
+    s.progress.counts["skipped_prm_rows"] = found.skipped + len(complaints)
+    s.progress.counts["cut_prm_rows"] = sum(not r.finished for r in rollouts)
     return [r for r in rollouts if fits(r)], [r for r in rollouts if not fits(r)]
 
 

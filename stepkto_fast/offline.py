@@ -41,7 +41,7 @@ def train_offline(recipe: Recipe) -> dict:
     require_report(recipe)
     require_adapters(recipe)
     model, tokenizer = load_policy(recipe.model)
-    rollouts, complaints = read_data(recipe, model, tokenizer)
+    rollouts, complaints, notes = read_data(recipe, model, tokenizer)
     run = RunDirectory(recipe)
     newest = run.newest_checkpoint()
     progress = run.load_progress(newest) if newest else Progress()
@@ -49,7 +49,9 @@ def train_offline(recipe: Recipe) -> dict:
     say_complaints(recorder.console, complaints, "rows")
     progress.counts["skipped_rows"] = len(complaints)
     if warning := style_warning(step_statistics(rollouts), recipe.step_style):
-        recorder.say(f"warning: {warning}")
+        notes.append(warning)
+    for note in notes:
+        recorder.say(f"warning: {note}")
     if newest is None:
         run.save_policy(model, tokenizer, progress)
     del model
@@ -77,17 +79,17 @@ def train_offline(recipe: Recipe) -> dict:
 
 def read_data(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Rollout], list[str]]:
-    """The dataset's completions with a known outcome, and what was wrong with the rows left out."""
+) -> tuple[list[Rollout], list[str], list[str]]:
+    """The dataset's completions with a known outcome, what was wrong with the rows left out, and what else to know."""
     source = recipe.labelled_dataset
     assert source is not None
-    longest = context_length(recipe, model)
+    longest, notes = context_length(recipe, model), list[str]()
     found = read_labelled(
         source, format=recipe.labelled_format, split=recipe.labelled_split, neutral=recipe.labelled_neutral
     )
     rollouts, complaints = labelled_rollouts(
         asked_rows(found.rows, recipe, tokenizer), tokenizer, max_length=longest,
-        style=step_style(recipe.step_style, recipe.step_pattern),
+        style=step_style(recipe.step_style, recipe.step_pattern), on_note=notes.append,
     )  # fmt: skip
     complaints = found.complaints + complaints
     complaints += [
@@ -110,7 +112,7 @@ def read_data(
             f"{source!r} has whole completions with an outcome of {len(numbers)} prompts: one is held out, so give at "
             f"least two; first complaint: {(complaints or ['none'])[0]}"
         )
-    return whole, complaints
+    return whole, complaints, notes
 
 
 def _record(

@@ -137,7 +137,7 @@ def fit_prm(
     if not (given.count(0) and given.count(1)):
         raise RunError(
             f"the PRM head would be fitted on {given.count(1)} right and {given.count(0)} wrong steps, and needs "
-            "both: give more labelled problems, or ones of another difficulty"
+            "both: give more labelled problems, or a model that gets some steps right and some wrong"
         )
     train_trunk = settings.prm_trunk == "trained"
     trunk = copy.deepcopy(policy) if train_trunk and copy_trunk else policy
@@ -174,10 +174,10 @@ def fit_prm(
             on_step(epoch * len(batches) + done + 1, total, float(loss.detach()))
     probabilities, truth = _judged(prm, calibrating, settings)
     if not all(x.isfinite().all() for x in (*head.state_dict().values(), probabilities)):
-        rates = f"prm_learning_rate {settings.prm_learning_rate}"
+        lower = f"a prm_learning_rate below {settings.prm_learning_rate}"
         if train_trunk:
-            rates += f" or prm_trunk_learning_rate {settings.prm_trunk_learning_rate}"
-        raise RunError(f"the PRM head diverged, its numbers are not finite: give a lower one than {rates}")
+            lower += f" or a prm_trunk_learning_rate below {settings.prm_trunk_learning_rate}"
+        raise RunError(f"the PRM head diverged, its numbers are not finite: give {lower}")
     prm.calibrated = set(truth.tolist()) == {0, 1}
     if prm.calibrated:
         _calibrate(head, probabilities, truth)

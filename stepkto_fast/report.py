@@ -110,6 +110,8 @@ COUNTS = {
     "skipped_training_prompts": "Training problems left out for that",
     "skipped_seed_prompts": "Problems to fit the head on left out for that",
     "skipped_prm_rows": "Unusable rows of the head's dataset",
+    "cut_prm_rows": "Rows of the head's dataset that were cut off at context_length",
+    "unverified_continuations": "Continuations whose answers could not be compared",
     "rollouts_without_steps": "Sampled solutions without text",
     "unverified_rollouts": "Sampled solutions whose answers could not be compared",
 }

@@ -9,6 +9,9 @@ import textwrap
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from fractions import Fraction
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -17,14 +20,17 @@ from hypothesis import strategies as st
 
 from stepkto_fast import answer_pool, answers
 from stepkto_fast.answer_pool import WorkerPool
-from stepkto_fast.answers import AnswerChecker, Verdict, decided, extract_answer, normalised, plain_number
+from stepkto_fast.answer_text import extract_answer, fixed_point, last_box, leading_number, normalised, plain_number
+from stepkto_fast.answers import AnswerChecker, Verdict, decided
 from stepkto_fast.errors import RunError
+from stepkto_fast.rows import RowError
+from stepkto_fast.tasks.gold import after_hashes, worked_solution
 
 math_verify = pytest.importorskip("math_verify", reason="math-verify comes with the extra [train]")
 
 from latex2sympy2_extended.latex2sympy2 import _Latex2Sympy as Converter  # noqa: E402  only where installed
 
-from stepkto_fast.answer_worker import load  # noqa: E402
+from stepkto_fast.answer_worker import differ_at_a_point, load  # noqa: E402
 
 AS_SHIPPED = {name: getattr(Converter, name) for name in ("create_parser", "parse")}
 
@@ -83,6 +89,12 @@ def judge_one(checker: AnswerChecker, gold: str, answer: str) -> Verdict:
         ("There are 3 bags with 4 each, that is 12", None),
         ("The answer is", None),
         ("She answered 7.", None),
+        (r"It is $\boxed 3$.", "3"),
+        (r"It is \boxed 3, then", "3"),
+        (r"\boxed3", "3"),
+        (r"\boxed{4} or \boxed -1.5", "-1.5"),
+        (r"\boxed{5}, and \boxed as I was asked", "5"),
+        (r"\boxed{5}, in `\boxed`. Was \boxedA 3 so?", "5"),
         (r"\boxed", None),
         (r"\boxed{}", None),
         ("", None),
@@ -101,6 +113,56 @@ def test_a_truncated_completion_has_an_answer_only_in_a_closed_box(checker):
     assert math_verify.verify(math_verify.parse("42"), math_verify.parse(stray))  # the accident
     found = checker.judge(["42"] * 3, [stray, stray, boxed("42")], [False, True, False])
     assert [(v.right, v.verified, v.answer) for v in found] == [(False, True, None)] * 2 + [(True, True, "42")]
+
+
+def test_a_box_without_braces_may_be_cut_off():
+    assert extract_answer(r"It is \boxed 4", finished=False) is None
+    assert extract_answer(r"It is \boxed 42 since", finished=False) == "42"
+    assert extract_answer(r"It is \boxed 42") == "42"
+
+
+@pytest.mark.parametrize("before", ["The answer is ", "So 18.\n#### ", "**Final answer:** "])
+@pytest.mark.parametrize(
+    ("statement", "answer"),
+    [
+        ("18 dollars", "18"),
+        ("18 a", "18 a"),
+        ("$18 a day, as she said", "$18"),
+        ("$18$ dollars", "$18$"),
+        (r"\$1,800 (before taxes)", r"\$1,800"),
+        ("**18** miles/hour", "18"),
+        ("18, because the rest is the cat's", "18"),
+        ("0.5 km", "0.5"),
+        ("-18 degrees", "-18"),
+        ("1/2 cup", "1/2"),
+        ("3 1/2 cups", "3 1/2"),
+        (r"$\frac{1}{2}$ of the cake", r"$\frac{1}{2}$"),
+        ("20% of it", "20%"),
+        ("20 percent of it", "20 percent"),
+        *[
+            (text, text)
+            for text in (
+                "18 or 20", "18 or twenty", "18 dollars and 20 cents", "18 x + 2", "18 = 2 * 9", "18 x", "18 xy",
+                "18 / half", "18 / people", "18 - people", "18 (x)", "3 million", "3 dozen eggs", "2 thirds", "3 pi",
+                "3 to one", "18 is not it", "18 out of twenty", "3:30 pm", r"18\text{ km}", "x dollars", "(1, 2) is it",
+                "20 percent", "18 cm^2", "1,2 dollars", "5 mod p", "18 $x$",
+            )
+        ],
+    ],
+)  # fmt: skip
+def test_a_statement_gives_its_number_without_the_unit(before, statement, answer):
+    assert extract_answer(before + statement) == answer
+    assert extract_answer(before + statement + "\n") == answer
+    assert extract_answer(f"{before}\\boxed{{{statement}}}") == statement
+
+
+def test_a_unit_in_a_statement_or_in_the_gold_answer_costs_nothing(checker):
+    said = ["The answer is 18 dollars.", "#### 18 dollars", "The answer is 19 dollars.", "The answer is 18 or 20."]
+    texts = [*said, boxed("18"), boxed("18 dollars")]
+    assert [v.right for v in checker.judge(["18"] * 6, texts, [True] * 6)] == [True, True, False, False, True, False]
+    found = checker.judge(["18 dollars"] * 6, texts, [True] * 6)
+    assert [v.right for v in found] == [True, True, False, False, True, True]
+    assert checker.complaints(["18 dollars"]) == [None]
 
 
 balanced = st.recursive(
@@ -136,6 +198,22 @@ def test_a_megabyte_of_anything_is_read_at_once(piece):
     assert extract_answer(f"{text} \\boxed{{8}}", finished=False) == "8"
 
 
+@pytest.mark.timeout(120)  # what is quadratic takes minutes for one of them
+def test_no_text_makes_a_regular_expression_slow():
+    starts = ["x^", "x^{", "18 ", r"\boxed", "answer", "The answer is 18 ", "#### 18", "<<"]
+    fillers = [" ", "1", "1,", "^", "^1", "^{", "{", "\\", "answer is ", "*", "a", "1 ", "-", r"\boxed ", "<", ".", "$"]
+    for start, filler, end in product(starts, fillers, ["y", "}"]):
+        text = start + filler * (50_000 // len(filler)) + end
+        for pattern in (answers.GIANT_POWER, answers.RELATION):
+            pattern.search(text)
+        for read in (normalised, extract_answer, leading_number, last_box, plain_number, fixed_point):
+            read(text)
+        worked_solution(text, "1")
+        with suppress(RowError):
+            after_hashes({"answer": text}, "answer")
+    assert not answers.over_limits("x^" + " " * 1980 + "y")
+
+
 # ---- who is right ----
 
 
@@ -159,6 +237,9 @@ def test_the_gold_answer_goes_first(checker):
         ("(1, 2)", ["(1,2)", r"\left(1, 2\right)"], ["(2, 1)", "[1, 2]"]),
         (r"2\sqrt{3}", [r"\sqrt{12}"], [r"\sqrt{13}"]),
         ("x^2 + 2x + 1", ["(x+1)^2"], ["(x-1)^2"]),
+        ("1500", ["1.5e3", "1.5E+3", "1500.0"], ["1.5e4", "1.5"]),
+        ("1e-5", ["0.00001", "1e-05", "1E-5", "10^{-5}", r"1 \times 10^{-5}"], ["0", "-5", "0.0001", "e-5"]),
+        ("2e-5", ["2e - 5", "-5 + 2e"], ["0.00002"]),
         (r"\text{Evelyn}", [r"\text{evelyn}", "Evelyn"], [r"\text{Eve}"]),
     ],
 )
@@ -215,8 +296,23 @@ def test_what_is_decided_without_math_verify_is_what_it_says(equal, pair):
     assert found is None or found == equal(gold, answer)
 
 
+scientific = st.decimals(allow_nan=False, allow_infinity=False, places=3, min_value=-99, max_value=99)
+
+
+@given(scientific, st.integers(-60, 60), st.sampled_from("eE"))
+def test_scientific_notation_is_written_out(mantissa, exponent, e):
+    text = f"{mantissa}{e}{exponent}"
+    assert "e" not in fixed_point(text).lower()
+    assert plain_number(fixed_point(text))[0] == Fraction(mantissa) * Fraction(10) ** exponent
+
+
+@pytest.mark.parametrize("text", ["2e-5", "2e+5", "e5", "1e", "1e400", "1e5x", "2e", "x", "1.5", "1e5e5", "1" * 200])
+def test_other_text_is_left_as_it_is(text):
+    assert fixed_point(text) == text
+
+
 @pytest.mark.parametrize(
-    "text", ["1,2", "12,34", "0,5", "(1)", "50%", "5 km", "1/0", "x", "1e3", "", ".", "٣", "1" * 200]
+    "text", ["1,2", "12,34", "0,5", "(1)", "50%", "5 km", "1/0", "x", "2e-5", "", ".", "٣", "1" * 200]
 )
 def test_what_is_no_plain_number_goes_to_math_verify(text):
     assert plain_number(text) is None
@@ -226,6 +322,9 @@ FORMS = [
     "5", "5.0", "x = 5", "y = 5", r"\frac{10}{2}", "500\\%", r"2\sqrt{3}", r"\sqrt{12}", "3.464102", "(1, 2)", "[1, 2]",
     r"\{1, 2\}", "1, 2", "1 < x < 2", "x^2 - 1", "(x-1)(x+1)", "x^2", r"\frac{\pi}{2}", r"\text{east}", "east",
     r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", r"3 + 4i", r"\infty", r"|x|", r"x \in [1, 2]", "f(x)", "1 +", "50",
+    r"(1, \sqrt{4}]", r"(\frac{2}{2}, 2]", r"(1, 3]", r"(1, \sqrt{3}] \cup (5, \infty)", r"(1, 2) \cup (5, 6)",
+    r"(5, \infty) \cup (1, 1.732051]", r"(1, 2] \cup (5, \infty)", r"[a, 2]",
+    r"[a, \frac{4}{2}]", r"[b, 2]", r"(-\infty, 2)", r"(-\infty, 3)",
 ]  # fmt: skip
 
 
@@ -241,6 +340,24 @@ def test_the_worker_agrees_with_math_verify_left_alone(equal, monkeypatch):
     theirs = [math_verify.verify(parsed[a], parsed[b]) for a, b in pairs]
     assert dict(zip(pairs, ours, strict=True)) == dict(zip(pairs, theirs, strict=True))
     assert len(FORMS) < sum(ours) < len(pairs) / 2
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differ"),
+    [
+        ("2x", "3x", True),
+        (r"(1, \sqrt{2}]", r"(1, \sqrt{3}]", True),
+        (r"(1, \sqrt{2}] \cup (5, 6)", r"(5, 7) \cup (1, \sqrt{2}]", True),
+        (r"(1, \sqrt{2}] \cup (5, 6)", r"(5, 6) \cup (1, 1.41421356]", False),
+        (r"(1, 2) \cup (5, 6)", "(1, 2)", False),  # that is for math-verify to say
+        (r"(1, \infty)", r"(1, 2)", False),
+        ("(1, 2, 3)", "(1, 2, 4)", False),
+    ],
+)
+def test_clearly_different_values_need_no_algebra(one, other, differ):
+    config = [math_verify.LatexExtractionConfig()]
+    parsed = [math_verify.parse(rf"\boxed{{{x}}}", config, fallback_mode="no_fallback")[:1] for x in (one, other)]
+    assert differ_at_a_point(*parsed) == differ
 
 
 # ---- hostile input, and processes that die ----
@@ -380,10 +497,27 @@ def test_majorities_are_of_equal_answers(checker):
 
 
 def test_equality_is_closed_transitively(checker, monkeypatch):
-    chain = {("a", "b"), ("c", "b"), ("c", "d")}
+    a, b, c, d, e = (f"{letter} = 1" for letter in "abcde")
+    chain = {(a, b), (c, b), (c, d)}
     monkeypatch.setattr(checker, "_same", lambda pairs: {pair: pair in chain for pair in pairs})
-    assert checker.majority([["e", "e", "d", "a", "e", "b", "c"], ["b", "d", "c"]]) == [2, 0]
-    assert checker.majority([["a", "c", "e", "e"]]) == [2]
+    assert checker.majority([[e, e, d, a, e, b, c], [b, d, c]]) == [2, 0]
+    assert checker.majority([[a, c, e, e]]) == [2]
+
+
+def test_an_answer_is_compared_with_one_of_each_class(checker, monkeypatch):
+    asked = []
+    run = checker._pool.run
+    monkeypatch.setattr(checker._pool, "run", lambda requests, report=None: asked.extend(requests) or run(requests))
+    same = [f"({n}/{n}, 2)" for n in range(3, 19)]
+    other = [f"({n}/{n}, 5)" for n in range(3, 18)]
+    mixed = [text for pair in zip(other, same, strict=False) for text in pair]
+    assert checker.majority([same, [*mixed, same[-1]]]) == [0, 1]
+    assert len(asked) <= (len(same) - 1) + 2 * len(mixed) + 2  # of all pairs: 120 + 465 + 240
+
+
+def test_relations_connect_what_else_is_different(checker):
+    # 5 equals both, in whatever order they come.
+    assert checker.majority([["6", "6", "x = 5", "y = 5", "5"], ["6", "6", "x = 5", "5", "y = 5"]]) == [2, 2]
 
 
 def test_few_comparisons_are_made(checker, monkeypatch):

@@ -99,17 +99,48 @@ def test_rows_that_do_not_tell_are_counted(folder, rollouts, tmp_path, capsys):
     assert found["counts"]["skipped_rows"] == 1
     assert found["counts"]["first_error_unknown"] == 1
     assert f"rows.jsonl:{len(rows) + 2}" in capsys.readouterr().out
+    long = {**rows[0], "prompt": rows[0]["prompt"] * 20}
+    counts = evaluated(folder, tmp_path / "rows.jsonl", [*rows, long])["counts"]
+    assert (counts["skipped_rows"], counts["completions"], counts["skipped_completions"]) == (0, len(rows), 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*labelled completions are longer")
-def test_cut_completions_count_only_where_the_error_is_left(folder, rollouts, tmp_path):
+@pytest.mark.parametrize("words", [[], ["--task", "math", "--instruction", "1 + 1", "--system_prompt", "2 + 2"]])
+def test_questions_are_asked_as_in_training(folder, rollouts, tmp_path, monkeypatch, words):
+    seen = []
+    monkeypatch.setattr(eval_prm, "labelled_rollouts", lambda rows, *a, **k: seen.extend(rows) or ([], []))
+    row = {**rows_of(rollouts)[0], "prompt": [{"role": "user", "content": "3 + 4"}]}
+    evaluated(folder, tmp_path / "rows.jsonl", [row, {**row, "prompt": "a text"}], *words)
+    asked = "2 + 2\n\n3 + 4\n\n1 + 1\n" if words else [{"role": "user", "content": "3 + 4"}]
+    assert [row["prompt"] for row in seen] == [asked, "a text"]
+
+
+def test_a_head_that_is_not_calibrated_and_prompts_that_end_within_a_token_are_told(
+    folder, model, tokenizer, rollouts, tmp_path, capsys
+):
+    row = {"prompt": "Compute left to righ", "completions": ["t,", "1 + 1"], "labels": [True, False]}
+    evaluated(folder, tmp_path / "rows.jsonl", [row])
+    said = capsys.readouterr().out
+    assert "note: prompts that are tokenised otherwise" in said
+    assert "calibrated" not in said
+    save_prm(PRM(model, LastTokenHead(model.config.hidden_size), 1.0, calibrated=False), folder, tokenizer)
+    evaluated(folder, tmp_path / "rows.jsonl", rows_of(rollouts))
+    said = capsys.readouterr().out
+    assert "warning: this head could not be calibrated" in said
+    assert "note" not in said
+
+
+def test_cut_completions_count_only_where_the_error_is_left(folder, rollouts, tmp_path, capsys):
     row = next(row for row in rows_of(rollouts) if False not in row["labels"] and len(row["labels"]) > 2)
     early = {**row, "labels": [False] + [None] * (len(row["labels"]) - 1)}
     length = len(rollouts[0].prompt_ids)
     whole = evaluated(folder, tmp_path / "rows.jsonl", [row, early])
     assert whole["counts"]["completions_cut"] == 0
     cut = evaluated(folder, tmp_path / "rows.jsonl", [row, early], "--max_length", str(length + 24))
-    assert cut["counts"] == {"rows": 2, "skipped_rows": 0, "completions_cut": 2, "first_error_unknown": 1}
+    assert cut["counts"] == {
+        "rows": 2, "skipped_rows": 0, "completions": 2, "skipped_completions": 0, "completions_cut": 2,
+        "first_error_unknown": 1,
+    }  # fmt: skip
+    assert "2 cut at max_length" in capsys.readouterr().out
     (figures,) = cut["subsets"].values()
     assert (figures["erroneous"], figures["correct"]) == (1, 0)
 
@@ -137,6 +168,7 @@ def test_process_benchs_splits_are_subsets(folder, problems, tmp_path):
         (["--prm", "/nowhere", "--data", "x"], "'/nowhere' holds no PRM"),
         (["--prm", "x", "--data", "x", "--threshold", "2"], "threshold is 2.0"),
         (["--prm", "x", "--data", "x", "--split", "gsm8k"], "did you mean 'splits'"),
+        (["--prm", "x", "--data", "x", "--instruction", "Go."], "instruction is set, but task is arithmetic"),
     ],
 )
 def test_wrong_settings_are_one_line(words, complaint, capsys):

@@ -11,7 +11,7 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
 
 # Lower layers first. A module may import from its own layer and those above it in this list.
 LAYERS = [
-    {"__init__", "errors", "atomic", "estimators", "rows", "tasks"},
+    {"__init__", "errors", "atomic", "estimators", "rows", "answer_text", "tasks"},
     {"recipe", "rollout", "attention", "answer_worker", "answer_pool"},
     {"packing", "policy", "segmentation", "answers", "model_shape", "hardware", "prm_metrics", "command"},
     {"objective", "task", "sampler", "sampler_vllm", "sampler_transformers", "adapters"},

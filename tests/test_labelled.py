@@ -406,7 +406,7 @@ def assert_partition(r):
     assert "".join(r.steps) == r.completion
 
 
-@pytest.mark.filterwarnings("ignore:a prompt of the labelled dataset is tokenised otherwise")
+@pytest.mark.filterwarnings("ignore:prompts that are tokenised otherwise")
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=30)
 @given(data=st.data(), separator=st.sampled_from(["\n", "\n\n", " ", "\n \n"]))
 def test_steps_partition_the_completion(pieces, words, data, separator):
@@ -456,8 +456,7 @@ def test_what_is_too_long_is_cut_or_named(words):
     row = {"prompt": "a b ", "completions": ["a b", "b xy a"], "labels": [True, False], "label": True}
     ((whole,), _) = labelled_rollouts([row], words, max_length=8)
     assert (whole.finished, whole.step_ends, whole.step_labels) == (True, [2, 6], [1, 0])
-    with pytest.warns(UserWarning, match="1 labelled completions are longer than 6 tokens and were cut"):
-        ((cut,), complaints) = labelled_rollouts([row], words, max_length=6)
+    ((cut,), complaints) = labelled_rollouts([row], words, max_length=6)
     assert_partition(cut)
     assert complaints == []
     assert (cut.finished, cut.step_ends, cut.step_labels) == (False, [2, 4], [1, -1])
@@ -468,14 +467,13 @@ def test_what_is_too_long_is_cut_or_named(words):
     )  # fmt: skip
 
 
-@pytest.mark.filterwarnings("ignore:a prompt of the labelled dataset is tokenised otherwise")
+@pytest.mark.filterwarnings("ignore:prompts that are tokenised otherwise")
 def test_tokens_across_the_prompts_end_have_no_text_of_it(pieces, words):
     row = {"prompt": "xcd", "completion": "yx", "label": True}
     ((whole,), _) = labelled_rollouts([row], pieces)
     assert pieces.convert_ids_to_tokens(whole.completion_ids) == ["c", "dy", "x", "<eos>"]
     assert (whole.completion, whole.steps) == ("yx", ["yx"])
-    with pytest.warns(UserWarning, match="were cut"):
-        ((cut,), _) = labelled_rollouts([row], pieces, max_length=2)
+    ((cut,), _) = labelled_rollouts([row], pieces, max_length=2)
     assert (cut.completion, cut.step_ends) == ("", [1])
     glued = {"prompt": "q", "completion": "a\nb", "label": True}  # "qa" is one unknown word, as "q" is
     ((r,), _) = labelled_rollouts([glued], words)
@@ -510,6 +508,51 @@ def test_messages_take_the_chat_template(pieces):
     assert labelled_rollouts([row], pieces)[1] == [
         "f:1: column 'prompt': messages, but the tokenizer has no chat template: give a text, or a model that has one"
     ]
+
+
+def test_completions_end_as_sampled_ones_do(pieces):
+    """ChatML ends a message with the end-of-sequence token and a line break: nobody samples the latter."""
+    chat = copy.deepcopy(pieces)
+    chat.chat_template = TEMPLATE.replace("{{ eos_token }}", "{{ eos_token }}\n")
+    row = {**STEPWISE, "prompt": user("3 + 4?"), "labels": [True, False]}
+    sampled = pieces("3 + 4 = 7\nIt is 8<eos>")["input_ids"]
+    ((r,), _) = labelled_rollouts([row], chat)
+    assert_partition(r)
+    assert (r.completion_ids, r.finished, r.step_labels) == (sampled, True, [1, 0])
+    assert r.completion == "3 + 4 = 7\nIt is 8"
+    length = len(r)
+    for room, whole in ((length, True), (length - 1, False)):
+        ((cut,), _) = labelled_rollouts([row], chat, max_length=room)
+        assert_partition(cut)
+        assert (cut.finished, cut.step_labels) == (whole, [1, 0 if whole else -1])
+        assert cut.completion_ids == sampled[: None if whole else -1]
+    unpaired = {"prompt": user("3 + 4?"), "completion": "3 + 4 = 7\nIt is 8", "label": False}
+    ((lines,), _) = labelled_rollouts([unpaired], chat)
+    assert (lines.completion_ids, lines.step_ends) == (sampled, r.step_ends)
+    quoted = {**row, "completions": ["x<eos>x", "x"]}  # the mark within the text ends nothing
+    ((r,), _) = labelled_rollouts([quoted], chat)
+    assert_partition(r)
+    assert (r.completion, r.completion_ids) == ("x<eos>x\nx", pieces("x<eos>x\nx<eos>")["input_ids"])
+
+
+def test_prompts_that_end_within_a_token_are_told_once(pieces):
+    rows = [{"prompt": f"x{end}", "completion": "yx", "label": True, "where": f"f:{n}"} for n, end in enumerate("adbd")]
+    notes = []
+    _, complaints = labelled_rollouts(rows, pieces, on_note=notes.append)
+    assert complaints == []
+    (note,) = notes
+    assert "their completion: 2, the first in f:1. What differs, there 'd', is taken out" in note
+    with pytest.warns(UserWarning, match="tokenised otherwise alone"):
+        labelled_rollouts(rows, pieces)
+    labelled_rollouts([rows[0]], pieces, on_note=notes.append)
+    assert len(notes) == 1
+
+
+def test_skipped_rows_are_rows_of_the_source(tmp_path):
+    several = prm800k(judged(rated("a", 1), rated("b", -1), rated("c", -1)))
+    found = read_labelled(write(tmp_path / "x.jsonl", [several, b"not a row", several, {"label": 1}]), format="prm800k")
+    assert len(found.rows) == 6
+    assert (found.read, found.skipped) == (4, 2)
 
 
 def test_rows_that_tokens_cannot_follow_are_named_and_the_others_kept(words):

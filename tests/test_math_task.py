@@ -9,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from math_verify import parse, verify
-from sympy import I, simplify
+from sympy import Float, I, simplify
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from stepkto_fast.answer_text import extract_answer, last_box
 from stepkto_fast.errors import RunError
 from stepkto_fast.tasks import math
-from stepkto_fast.tasks.gold import last_box, worked_solution
+from stepkto_fast.tasks.gold import worked_solution
 from stepkto_fast.tasks.math import INSTRUCTION, KNOWN, SAMPLE, problems, prompt
 
 # ---- the sample ----
@@ -351,6 +352,26 @@ CONTENTS = st.recursive(
 @given(CONTENTS, st.text(alphabet="ab} .$\n\\", max_size=8))
 def test_the_last_box_is_found_with_every_brace_in_it(content, after):
     assert last_box(f"first \\boxed{{7}} then \\boxed{{{content}}}{after}") == content.strip()
+
+
+@pytest.mark.parametrize(
+    ("value", "gold"),
+    [
+        (27.0, "27"), (-0.0, "0"), (2.5, "2.5"), (1e-05, "0.00001"), (-1.25e-7, "-0.000000125"), (1e23, "1" + "0" * 23),
+        (7, "7"), (0.1, "0.1"), ("1.5e3", "1500"), ("2E-4", "0.0002"), (" 1e-5 ", "0.00001"), ("2e - 5", "2e - 5"),
+        ("x^2", "x^2"), ("#### 1.5e3", "1500"), ("\\boxed{2.5E-4}", "0.00025"),
+    ],
+)  # fmt: skip
+def test_golds_are_in_fixed_point(tmp_path, value, gold):
+    (found,), _ = problems(written(tmp_path / "mine.jsonl", [{"question": "q", "answer": value}]))
+    assert found.answer == gold
+    if isinstance(value, float):
+        assert verify(parse(f"${gold}$", parsing_timeout=None), Float(value), timeout_seconds=None)
+
+
+def test_a_completion_and_a_solution_are_read_alike():
+    for text in (r"$\boxed 3$", r"\boxed 3.", r"\boxed{3}", r"\fbox{\boxed{3}}", r"\boxed{4}, \boxed3 }"):
+        assert last_box(text) == extract_answer(text) == "3"
 
 
 def test_other_ways_to_box():

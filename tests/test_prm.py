@@ -24,8 +24,8 @@ def recipe():
 
 @pytest.fixture
 def parts(rollouts):
-    """Fitted on, calibrated on."""
-    return [r for r in rollouts if r.problem_id % 5], [r for r in rollouts if r.problem_id % 5 == 0]
+    """Fitted on, calibrated on; both have right and wrong steps."""
+    return [r for r in rollouts if r.problem_id % 5 != 3], [r for r in rollouts if r.problem_id % 5 == 3]
 
 
 def dense(model, r):
@@ -192,6 +192,36 @@ def test_labels_follow_the_threshold(model, parts):
     prm = fit_prm(model, *parts, Recipe(prm_epochs=1), seed=0)
     prm.head.threshold.fill_(0.25)
     assert prm.label([0.2, 0.25, 0.3]) == [0, 1, 1]
+
+
+@pytest.mark.parametrize("only", [0, 1])
+def test_a_head_with_one_class_to_calibrate_on_stays_uncalibrated(model, parts, recipe, only):
+    fitting, calibrating = parts
+    one_class = [replace(r, step_labels=[x if x == only else -1 for x in r.step_labels]) for r in calibrating]
+    prm = fit_prm(model, fitting, one_class, recipe, seed=0)
+    assert not prm.calibrated
+    assert [float(x) for x in (prm.head.scale, prm.head.shift, prm.head.threshold)] == [1, 0, 0.5]
+    found = [prm.label(row) for row in prm.score(fitting, recipe)]
+    assert {x for row in found for x in row} == {0, 1}
+    assert fit_prm(model, fitting, calibrating, recipe, seed=0).calibrated
+
+
+@pytest.mark.parametrize("pooling", HEADS)
+@pytest.mark.parametrize(("only", "counts"), [(0, "0 right and 1 wrong"), (1, "1 right and 0 wrong")])
+def test_one_class_to_fit_on_is_refused(model, parts, pooling, only, counts):
+    """One labelled step, too: its features have no standard deviation."""
+    r = replace(parts[0][0], step_ends=[len(parts[0][0].completion_ids)], step_labels=[only])
+    with pytest.raises(RunError, match=counts):
+        fit_prm(model, [r], parts[1], Recipe(prm_epochs=1, prm_pooling=pooling), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("trunk", "more"), [("policy", "$"), ("trained", r" or a prm_trunk_learning_rate below 0\.1$")]
+)
+def test_a_head_that_diverges_is_refused(model, parts, trunk, more):
+    recipe = Recipe(prm_epochs=2, prm_learning_rate=1e30, prm_trunk=trunk, prm_trunk_learning_rate=0.1)
+    with pytest.raises(RunError, match=rf"not finite: give a prm_learning_rate below 1e\+30{more}"):
+        fit_prm(model, *parts, recipe, seed=0)
 
 
 def test_parts_without_labels_are_refused(model, parts):

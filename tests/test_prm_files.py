@@ -43,6 +43,13 @@ def test_it_comes_back_with_its_trunk(prm, model, tokenizer, rollouts, tmp_path,
     assert load_prm(tmp_path, CPU, tokenizer).score(rollouts[:1], Recipe()) == prm.score(rollouts[:1], Recipe())
 
 
+@pytest.mark.parametrize("calibrated", [True, False])
+def test_whether_it_is_calibrated_comes_back(prm, tokenizer, tmp_path, calibrated):
+    prm.calibrated = calibrated
+    save_prm(prm, tmp_path, tokenizer)
+    assert load_prm(tmp_path, CPU).calibrated is calibrated
+
+
 @pytest.mark.parametrize("change", ["weights", "size"])
 def test_another_model_beside_it_is_refused(prm, model, tokenizer, tmp_path, change):
     save_prm(prm, tmp_path, tokenizer, beside=model)
@@ -84,7 +91,8 @@ def test_damage_is_named(prm, tokenizer, tmp_path):
     head.unlink()
     refused("head.safetensors cannot be read")
     head.write_bytes(good)
-    for key, value in {"pooling": "mean", "hidden_size": "32", "trunk": "../elsewhere", "temperature": 0}.items():
+    wrong = {"pooling": "mean", "hidden_size": "32", "trunk": "../elsewhere", "temperature": 0, "calibrated": 1}
+    for key, value in wrong.items():
         config.write_text(json.dumps({**json.loads(settings), key: value}))
         refused(f"prm_config.json: {key} is {value!r}")
     config.write_text(json.dumps({**json.loads(settings), "surplus": 1}))

@@ -129,6 +129,9 @@ def test_prompts_of_messages_take_the_chat_template(pieces):
     echo.chat_template = TEMPLATE + "{% if not add_generation_prompt %}d\ne{% endif %}"
     both = tokenized(echo, ["d", "e"], prompt=[{"role": "user", "content": "d\ne"}])
     assert texts(echo, both) == ["d\n", "e<eos>d\ne"]
+    lines = copy.deepcopy(pieces)
+    lines.chat_template = TEMPLATE.replace("{{ eos_token }}", "{{ eos_token }}\n")  # as ChatML has it
+    assert texts(lines, tokenized(lines, ["d", "e"], prompt=prompt)) == ["d\n", "e<eos>\n"]
     stripping = copy.deepcopy(pieces)
     stripping.chat_template = TEMPLATE.replace("m.content", "m.content | trim")
     with pytest.raises(ValueError, match=r"row 7 .* chat template changes the completion"):

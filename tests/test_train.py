@@ -25,7 +25,7 @@ SMOKE = str(ROOT / "recipes" / "smoke.yaml")
 ENGINE = "vllm" if importlib.util.find_spec("vllm") else "transformers"
 # Shorter still than the smoke recipe, for the runs that are not about learning or vLLM.
 TINY = [
-    "--engine", "transformers", "--num_prompts", "8", "--num_test_problems", "10", "--warm_start_steps", "20",
+    "--engine", "transformers", "--num_prompts", "8", "--num_test_problems", "10", "--warm_start_steps", "80",
     "--iterations", "1", "--prm_seed_problems", "10", "--report_to", "none",
 ]  # fmt: skip
 

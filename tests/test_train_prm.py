@@ -13,6 +13,7 @@ from stepkto_fast.policy import build_policy, build_tokenizer
 from stepkto_fast.prm_files import load_prm
 from stepkto_fast.rollout import Rollout
 from stepkto_fast.tasks import arithmetic
+from stepkto_fast.tasks.math import INSTRUCTION
 from stepkto_fast.train_prm import PRMTraining, split_problems
 from stepkto_fast.warm_start import fine_tune
 
@@ -128,18 +129,45 @@ def test_bad_rows_are_counted_and_the_others_go_on(untaught, tmp_path, capsys):
     model, _, rows = untaught
     bad = [{**rows[0], "labels": [True]}, {"prompt": "Compute left to right, modulo 10: 1 + 1\n"}]
     unlabelled = {**rows[1], "labels": [None] * len(rows[1]["labels"])}
-    data = write_lines(tmp_path / "data.jsonl", [*rows, *bad, unlabelled])
+    within = {"prompt": "Compute left to righ", "completions": ["t,"], "labels": [None]}
+    long = {**rows[0], "prompt": rows[0]["prompt"] * 20}
+    data = write_lines(tmp_path / "data.jsonl", [*rows, *bad, unlabelled, within, long])
     words = ["--model", model, "--data", data, "--output_dir", str(tmp_path / "prm"), "--prm_epochs", "1"]
     assert train_prm.main([*words, "--data_format", "stepwise"]) == 0
     said = capsys.readouterr().out
     assert f"data.jsonl:{len(rows) + 1}" in said
     assert f"data.jsonl:{len(rows) + 2}" in said
+    assert f"data.jsonl:{len(rows) + 5}" in said
+    assert "note: prompts that are tokenised otherwise" in said
+    assert f"the first in {data}:{len(rows) + 4}. What differs" in said
+    assert "0 cut at max_length" in said
     counts = json.loads((tmp_path / "prm" / "metrics.json").read_text())["counts"]
-    assert counts["rows"] == len(rows) + 3
+    assert counts["rows"] == len(rows) + 5
     assert counts["skipped_rows"] == 2
-    assert counts["completions_without_labels"] == 1
+    assert counts["completions"] == len(rows) + 2
+    assert counts["skipped_completions"] == 1
+    assert counts["completions_without_labels"] == 2
     assert counts["right_steps"] == sum(x for row in rows for x in row["labels"])
-    assert counts["unlabelled_steps"] == len(rows[1]["labels"])
+    assert counts["unlabelled_steps"] == len(rows[1]["labels"]) + 1
+
+
+@pytest.mark.parametrize(
+    "words", [{}, {"task": "math"}, {"task": "math", "instruction": "1 + 1", "system_prompt": "2"}]
+)
+def test_questions_are_asked_as_the_task_asks_them(untaught, tmp_path, monkeypatch, words):
+    model, _, rows = untaught
+    data = write_lines(
+        tmp_path / "data.jsonl", [{**rows[0], "prompt": [{"role": "user", "content": "3 + 4"}]}, rows[1]]
+    )
+    seen = []
+    monkeypatch.setattr(train_prm, "labelled_rollouts", lambda rows, *a, **k: seen.extend(rows) or ([], []))
+    with pytest.raises(RunError, match="labelled steps for 0 different prompts"):
+        train_prm.train_prm(PRMTraining(model=model, data=data, output_dir=str(tmp_path / "prm"), **words))
+    asked = [{"role": "user", "content": "3 + 4"}]
+    if words:
+        instruction = words.get("instruction", INSTRUCTION)
+        asked = ("2\n\n" if "system_prompt" in words else "") + f"3 + 4\n\n{instruction}\n"
+    assert [row["prompt"] for row in seen] == [asked, rows[1]["prompt"]]
 
 
 @pytest.mark.parametrize("shares", [(0.1, 0.1), (0.3, 0.2)])
@@ -168,6 +196,7 @@ def test_no_problem_is_in_two_parts(shares):
         (["--model", "x", "--data", "x", "--test_share", "0.5"], "test_share is 0.5"),
         (["--model", "x", "--data", "x", "--prm_epochs", "0"], "prm_epochs is 0"),
         (["--model", "x", "--data", "x", "--temperature", "0"], "temperature is 0.0"),
+        (["--model", "x", "--data", "x", "--system_prompt", "Add."], "system_prompt is set, but task is arithmetic"),
         (["--model", "/nowhere", "--data", "x", "--device", "cpu"], "/nowhere"),
     ],
 )
