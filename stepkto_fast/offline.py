@@ -132,6 +132,7 @@ def _record(
         if label != UNLABELLED
     ]
     record: dict[str, float | None] = {"iteration": progress.iteration, "held_out_completions": len(held_out)}
+    record["held_out_right"] = sum(r.label for r in held_out)
     for prefix, pairs, beta in (("", outcomes, recipe.beta), ("step_", steps, recipe.step_beta)):
         right, wrong = ([beta * d for d, x in pairs if x is which] for which in (True, False))
         record[f"{prefix}rewards/chosen"] = sum(right) / len(right) if right else None
@@ -159,6 +160,7 @@ def _finish(
         "phase_seconds": progress.seconds,
         "model_parameters": sum(p.numel() for p in policy.parameters()),
         "held_out_completions": progress.records[0]["held_out_completions"],
+        "held_out_right": progress.records[0]["held_out_right"],
         "label_source": recipe.label_source,
         "counts": progress.counts,
     }

@@ -6,6 +6,7 @@ nothing: no GPU, no weights, no data, and no network where the shape is known. `
 
 import math
 import sys
+from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -128,15 +129,20 @@ def _changes(p: Plan) -> list[dict[str, Any]]:
 
 def _smallest_step(p: Plan, change: dict[str, Any]) -> dict[str, Any] | None:
     """`change` where it makes the run fit, with as many tokens in a micro-batch as then fit; None where it does not."""
-    if plan(replace(p.recipe, **change), p.rates).complaint is not None:
+    if not _fits(p, change):
         return None
     key = "max_tokens_per_micro_batch"
     if key in change:
-        for tokens in range(p.recipe.max_tokens_per_micro_batch // STEP * STEP, change[key], -STEP):
-            larger = change | {key: tokens}
-            if plan(replace(p.recipe, **larger), p.rates).complaint is None:
-                return larger
+        sizes = range(change[key] // STEP * STEP + STEP, p.recipe.max_tokens_per_micro_batch + 1, STEP)
+        # More tokens never take less memory.
+        fitting = bisect_left(sizes, True, key=lambda n: not _fits(p, change | {key: n}))
+        if fitting:
+            return change | {key: sizes[fitting - 1]}
     return change
+
+
+def _fits(p: Plan, change: dict[str, Any]) -> bool:
+    return plan(replace(p.recipe, **change), p.rates).complaint is None
 
 
 def _words(change: dict[str, Any]) -> str:

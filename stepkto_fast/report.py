@@ -161,6 +161,12 @@ def wilson(rate: float, count: float) -> tuple[float, float]:
     return max(0.0, centre - reach), min(1.0, centre + reach)
 
 
+def auroc_chance(right: float, count: float) -> float | None:
+    """How far from 1/2 chance takes the AUROC of scores that tell nothing, in 95 % of cases (Mann-Whitney)."""
+    wrong = count - right
+    return 1.96 * math.sqrt((count + 1) / (12 * right * wrong)) if right > 0 and wrong > 0 else None
+
+
 def _moved(name: str, first: float | None, last: float | None) -> str | None:
     if first is None or last is None:
         return None
@@ -418,6 +424,7 @@ def _context(run: Run) -> dict[str, Any]:
     judge = run.iterations[-1].get("steps_judged_by", "checker")
     if judge is not None and judge not in JUDGES:
         raise RunError(f"{where}: 'steps_judged_by' is {judge!r}; write one of {', '.join(JUDGES)}, or null")
+    held_out, right = (number(run.summary, f"held_out_{what}", where) for what in ("completions", "right"))
     problems = number(run.summary, "held_out_problems", where)
     majority = _majority(run)
     rates = _rates(run, problems, majority)
@@ -434,7 +441,8 @@ def _context(run: Run) -> dict[str, Any]:
         "judge_text": None if judge is None else JUDGES[judge],
         "steps": _steps(run),
         "step_columns": STEP_COLUMNS,
-        "held_out_completions": number(run.summary, "held_out_completions", where),
+        "held_out_completions": held_out,
+        "chance": None if held_out is None or right is None else auroc_chance(right, held_out),
         "names": [figures.model(record["iteration"]) for record in run.iterations],
         "majority": majority,
         "rates": rates,

@@ -72,6 +72,8 @@ def test_a_labelled_dataset_trains_a_model(tmp_path, data, rollouts, monkeypatch
     page = (folder / "report.html").read_text()
     assert "training on a dataset of labelled solutions" in page
     assert "AUROC" in page
+    assert "chance alone moves it by up to" in page
+    assert "process-reward head" not in page, "sections on what an offline run does not have"
     assert AutoModelForCausalLM.from_pretrained(folder / "model").config.vocab_size
 
 

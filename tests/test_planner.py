@@ -334,6 +334,13 @@ def test_one_setting_alone_is_advised_where_one_is_enough():
     assert advice(plan(LLAMA, Rates(gpu="h200"))) == "set lora_rank to 16"
 
 
+def test_advice_on_an_absurd_batch_does_not_try_every_size():
+    recipe = replace(LLAMA, lora_rank=16, max_tokens_per_micro_batch=10**12)
+    small = advice(plan(replace(recipe, max_tokens_per_micro_batch=10**5), Rates(gpu="h200")))
+    assert small.startswith("set max_tokens_per_micro_batch to ")
+    assert advice(plan(recipe, Rates(gpu="h200"))) == small
+
+
 def test_rates_are_split_from_the_recipes_words():
     words = ["r.yaml", "--gpu", "h100", "--steps=4", "extra", "--beta", "0.2", "--memory-gib", "80"]
     assert planner.split_arguments(words) == (

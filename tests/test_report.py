@@ -9,6 +9,7 @@ from collections import Counter
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -16,7 +17,17 @@ import pytest
 from stepkto_fast import report
 from stepkto_fast.errors import RunError
 from stepkto_fast.evaluation import write_solutions
-from stepkto_fast.report import choose_samples, duration, headline, points, significant, wilson, write_report
+from stepkto_fast.prm_metrics import auroc
+from stepkto_fast.report import (
+    auroc_chance,
+    choose_samples,
+    duration,
+    headline,
+    points,
+    significant,
+    wilson,
+    write_report,
+)
 from stepkto_fast.report_data import Solution
 
 HOSTILE = "</pre></title></script><script>alert(1)</script><img src=x onerror=alert(1)>\"'{{ 7*7 }}&lt;\u202e "
@@ -519,6 +530,16 @@ def test_wilson_is_the_textbooks():
     # Newcombe (1998), table I: 81 of 263 and 15 of 148 and 0 of 20.
     for count, trials, low, high in ((81, 263, 0.2553, 0.3662), (15, 148, 0.0624, 0.1605), (0, 20, 0.0, 0.1611)):
         assert wilson(count / trials, trials) == pytest.approx((low, high), abs=5e-5)
+
+
+def test_chance_of_an_auroc_is_mann_whitneys():
+    """Against the spread of the AUROC of random scores."""
+    rng = np.random.default_rng(0)
+    label = np.arange(40) < 15
+    drawn = [auroc(rng.random(40), label) for _ in range(4000)]
+    # the standard deviation of 4000 draws is known to 1 %
+    assert auroc_chance(15, 40) == pytest.approx(1.96 * float(np.std(drawn)), rel=0.05)
+    assert auroc_chance(0, 40) is auroc_chance(40, 40) is None
 
 
 def test_the_headline_says_fell_rose_and_stayed():
