@@ -91,9 +91,14 @@ def sample_rollouts(
     return rollouts
 
 
+def has_text(r: Rollout) -> bool:
+    """Whether there is more to a completion than the end-of-sequence token, which is no step."""
+    return bool(r.step_ends and r.completion.strip())
+
+
 def usable(rollouts: Sequence[Rollout]) -> list[Rollout]:
-    """The rollouts to learn from: with text (only an end-of-sequence token is no step) and a known outcome."""
-    return [r for r in rollouts if r.step_ends and r.completion.strip() and r.verified]
+    """The rollouts to learn from: with text and a known outcome."""
+    return [r for r in rollouts if has_text(r) and r.verified]
 
 
 def check_sync(model: PreTrainedModel, rollouts: Sequence[Rollout], recipe: Recipe) -> tuple[list[torch.Tensor], float]:

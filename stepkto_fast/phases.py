@@ -1,12 +1,11 @@
 """The phases of an iteration around the update: evaluate, collect rollouts; and how a run ends."""
 
 import copy
-from dataclasses import replace
 from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from .collect import check_sync, sample_rollouts, usable
+from .collect import check_sync, has_text, sample_rollouts, usable
 from .errors import RunError
 from .evaluation import audit_head, evaluate
 from .labelling import label_steps
@@ -49,7 +48,7 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM | None, path: Path) ->
     s.progress.add("tokens", "rollout", sum(len(r.completion_ids) for r in sampled))
     rollouts = usable(sampled)
     unverified = sum(not r.verified for r in sampled)
-    empty = len(sampled) - len(usable([replace(r, verified=True) for r in sampled]))
+    empty = sum(not has_text(r) for r in sampled)
     if empty:
         s.recorder.say(f"skipped {empty} completions of M_{t} without any text: they have no step to learn from")
     if unverified:
