@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast sanitize bench bench-report gpu tune aot hub docs lint clean
+.PHONY: setup demo smoke test test-fast soak sanitize bench bench-report gpu tune aot hub docs lint audit clean
 
 setup: $(STAMP)
 
@@ -49,6 +49,16 @@ test: $(STAMP)
 # Everything but the runs of the whole loop.
 test-fast: $(STAMP)
 	$(BIN)/python -m pytest tests -m "not loop"
+
+# What is too long for the tests: runs that are killed at random moments until they end, then each fuzzer for
+# SOAK_MINUTES; all of them have their turn, whatever the others find.
+SOAK_RUNS ?= 20
+SOAK_MINUTES ?= 10
+soak: $(STAMP)
+	failed=0; \
+	$(BIN)/python tests/soak/kill.py $(SOAK_RUNS) || failed=1; \
+	for fuzzer in tests/soak/fuzz_*.py; do $(BIN)/python $$fuzzer $(SOAK_MINUTES) || failed=1; done; \
+	exit $$failed
 
 # The C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer: a build of its own beside the package's, and
 # the tests that call it. What the products of oneDNN read is not instrumented; test_native.py has guard pages for that.
@@ -105,6 +115,10 @@ lint: $(STAMP)
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m mypy
+
+# The locked packages: pinned, free, and without known vulnerabilities where a list of those can be reached.
+audit: $(STAMP)
+	$(BIN)/python .ci/audit.py
 
 clean:
 	rm -rf build dist kernels/build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks kernels/torch-ext/stepkto_kernels/*.so

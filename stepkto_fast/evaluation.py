@@ -12,7 +12,9 @@ from .prm import PRM
 from .prm_metrics import audit
 from .recipe import Recipe
 from .rollout import UNLABELLED, Rollout, write_table
+from .run_directory import on_main
 from .sampler import Sampler, no_progress
+from .sampling_shards import weights_digest
 from .segmentation import step_statistics
 from .task import Task
 
@@ -20,25 +22,29 @@ from .task import Task
 def evaluate(
     sampler: Sampler, task: Task, policy: PreTrainedModel, initial: PreTrainedModel, prm: PRM | None,
     asked: Sequence[Asked], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, *, iteration: int, seed: int,
-    solutions: Path, on_progress: Callable[[int, int], None] = no_progress,
+    solutions: Path, shards: Path | None = None, on_progress: Callable[[int, int], None] = no_progress,
 ) -> tuple[dict, int]:  # fmt: skip
     """One entry of summary.json's `iterations`, and how many tokens were sampled for it.
 
-    Greedy solutions go to the parquet file `solutions`. The head is audited (where the task judges steps exactly), the
+    Greedy solutions go to the parquet file `solutions`; what is sampled is kept in shards under the folder `shards`
+    until then. The head is audited (where the task judges steps exactly), the
     KL from M_0 estimated and the weight sync proven on the first sampled completion of each problem.
     """
-    greedy = sample_rollouts(sampler, task, asked, tokenizer, recipe, n=1, temperature=0.0, seed=seed)
-    k = recipe.num_eval_generations
+    k, weights = recipe.num_eval_generations, weights_digest(policy)
+    greedy = sample_rollouts(
+        sampler, task, asked, tokenizer, recipe, n=1, temperature=0.0, seed=seed,
+        folder=shards and shards / "greedy", weights=weights,
+    )  # fmt: skip
     sampled = sample_rollouts(
         sampler, task, asked, tokenizer, recipe, n=k, temperature=recipe.temperature, seed=seed + 1,
-        on_progress=on_progress,
+        on_progress=on_progress, folder=shards and shards / "sampled", weights=weights,
     )  # fmt: skip
     firsts = sampled[::k]
     own, difference = check_sync(policy, firsts, recipe)
     drift = [float((p - q).sum()) for p, q in zip(own, log_probs(initial, firsts, recipe), strict=True)]
     head_view = audit_head(prm, firsts, recipe) if prm is not None and task.exact_steps else {}
     judge = judge_steps(greedy, task, prm, recipe)
-    write_solutions(greedy, task, asked, solutions)
+    on_main(lambda: write_solutions(greedy, task, asked, solutions))
     record = {
         "iteration": iteration,
         **solution_rates(greedy),

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from .errors import RunError
 from .labelled_formats import FORMATS, Neutral
 from .rollout import Rollout
-from .rows import Row, RowError, read_rows
+from .rows import Row, RowError, column_names, read_rows
 from .segmentation import StepStyle, step_boundaries
 from .stepwise_rows import Spans, spans
 
@@ -72,7 +72,7 @@ def read_labelled(
                 raise RowError(complaint)
             for column in columns:
                 if column not in row:
-                    raise RowError(f"column {column!r} is missing, which {format} has: the row has {_names(row)}")
+                    raise RowError(f"column {column!r} is missing, which {format} has: the row has {column_names(row)}")
             found.rows += [{**made, "where": where} for made in convert(row, neutral)]
         except RowError as error:
             found.complaints.append(f"{where}: {error}")
@@ -96,13 +96,9 @@ def _told(source: str, entries: Iterator[Row]) -> tuple[str, Iterator[Row]]:
         if len(seen) == LOOKED_AT:
             break
     known = "; ".join(f"{name}: {', '.join(columns)}" for name, (columns, _) in FORMATS.items())
-    first = next((f"the columns {_names(row)}" for _, row, _ in seen if row is not None), None)
+    first = next((f"the columns {column_names(row)}" for _, row, _ in seen if row is not None), None)
     complaint = next((f"{where}: {complaint}" for where, _, complaint in seen if complaint), "no row")
     raise RunError(f"{source} has {first or complaint}, which no format fits. Known are {known}")
-
-
-def _names(row: dict[str, Any]) -> str:
-    return ", ".join(sorted(map(str, row))) or "none"
 
 
 def labelled_rollouts(

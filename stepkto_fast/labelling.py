@@ -5,6 +5,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
+from . import ranks
 from .answers import Verdict
 from .collect import Asked, sample_rollouts, usable
 from .command import say_complaints
@@ -14,7 +15,9 @@ from .monte_carlo import agreement, consensus, estimate_cost, labels_of, monte_c
 from .prm import PRM, calibrates, fit_prm, fits, seed_generations
 from .prm_files import load_prm
 from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
+from .run_directory import on_main
 from .sampler import context_length
+from .sampling_shards import SHARDS, weights_digest
 from .segmentation import step_style
 from .setup_run import Session, derived_seed
 from .task import asked_rows
@@ -46,6 +49,8 @@ def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | N
             s.initial if frozen else policy, fitting, calibrating, recipe, seed,
             on_step=lambda step, total, loss: advance(step, total, f"loss {loss:.3f}"),
         )  # fmt: skip
+    if ranks.size() > 1:  # the same labels everywhere, whatever the last bits of each rank's fit
+        prm.head.load_state_dict(ranks.from_main(prm.head.state_dict))
     if not prm.calibrated:
         s.recorder.say(
             "warning: the PRM head is not calibrated and its threshold is 0.5, since the steps to calibrate it on are "
@@ -72,7 +77,8 @@ def _labelled_data(s: Session) -> tuple[list[Rollout], list[Rollout]]:
 
 def _seed_set(s: Session) -> tuple[list[Rollout], list[Rollout]]:
     path = s.run.rollouts / "seed.parquet"
-    if not path.exists():
+    # A run that was killed before M_1 counts anew what went into the seed set; from its shards that takes no time.
+    if s.progress.iteration == 0 or not path.exists():
         _sample_seed_set(s, path)
     seed_set = read_rollouts(path)
     return [r for r in seed_set if fits(r)], [r for r in seed_set if calibrates(r, s.recipe)]
@@ -81,13 +87,14 @@ def _seed_set(s: Session) -> tuple[list[Rollout], list[Rollout]]:
 def _sample_seed_set(s: Session, path: Path) -> None:
     if s.progress.iteration:
         raise RunError(f"{path} is gone: it holds the PRM head's seed set, sampled from M_0; start the run anew")
-    natural, hot = seed_generations(s.recipe)
+    (natural, hot), weights = seed_generations(s.recipe), weights_digest(s.initial)
     text = f"sampling the PRM head's seed set from M_0 ({len(s.seed)} problems)"
     with s.recorder.bar("seed_set", text) as advance:
         drawn = [
             sample_rollouts(
                 s.sampler, s.task, s.seed, s.tokenizer, s.recipe, n=n, temperature=temperature,
                 seed=derived_seed(s.recipe, "seed set", kind), on_progress=advance,
+                folder=s.run.rollouts / SHARDS / "seed" / kind, weights=weights, say=s.recorder.say,
             )
             for kind, n, temperature in (
                 ("natural", natural, s.recipe.temperature), ("hot", hot, s.recipe.prm_seed_temperature),
@@ -103,16 +110,17 @@ def _sample_seed_set(s: Session, path: Path) -> None:
             "fit and calibrate the PRM head: raise warm_start_steps or prm_seed_problems, or give another model"
         )
     if s.recipe.prm_labels == "monte_carlo":
-        _continue_steps(s, s.seed, seed_set, "seed")
+        _continue_steps(s, s.seed, seed_set, "seed", weights)
     for r in seed_set:
         r.step_labels = labels_of(r.step_values, s.recipe) if r.step_values else list(r.checker_labels)
-    write_rollouts(seed_set, path)
+    on_main(lambda: write_rollouts(seed_set, path))
 
 
-def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dict[str, float]:
+def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None, weights: str) -> dict[str, float]:
     """Fills step_probs, step_values and step_labels of M_t's rollouts by the recipe's label source.
 
-    Returns how far continuations and the head agree (`monte_carlo.agreement`), empty without both.
+    `weights` stands for M_t (`weights_digest`). Returns how far continuations and the head agree
+    (`monte_carlo.agreement`), empty without both.
     """
     source = s.recipe.label_source
     if prm is not None:
@@ -120,7 +128,8 @@ def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dic
             for r, probabilities in zip(rollouts, prm.score(rollouts, s.recipe), strict=True):
                 r.step_probs = probabilities
     if source in ("monte_carlo", "consensus"):
-        _continue_steps(s, s.train[s.progress.iteration], rollouts, f"iteration_{s.progress.iteration}")
+        t = s.progress.iteration
+        _continue_steps(s, s.train[t], rollouts, f"iteration_{t}", weights)
     for r in rollouts:
         continued = labels_of(r.step_values, s.recipe)
         if source == "monte_carlo":
@@ -143,7 +152,7 @@ def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None) -> dic
     return both
 
 
-def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollout], name: str) -> None:
+def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollout], name: str, weights: str) -> None:
     """Fills step_values by continuations, in resumable chunks under rollouts/monte_carlo_{name}."""
     problems = {a.problem_id: a.problem for a in asked}
     tokens, seconds = s.progress.tokens.get("rollout"), s.progress.seconds.get("rollout")
@@ -156,7 +165,7 @@ def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollo
     with s.recorder.bar("monte_carlo", f"{cost.continuations:,} continuations for step labels") as advance:
         work = monte_carlo_values(
             rollouts, s.sampler, judge, s.tokenizer, s.recipe, seed=derived_seed(s.recipe, "monte carlo", name),
-            folder=s.run.rollouts / f"monte_carlo_{name}", on_progress=advance,
+            folder=s.run.rollouts / f"monte_carlo_{name}", weights=weights, on_progress=advance,
         )  # fmt: skip
     s.progress.add("tokens", "monte_carlo", work.tokens)
     s.progress.add("counts", "unverified_continuations", work.unverified)

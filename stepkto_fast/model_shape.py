@@ -52,6 +52,11 @@ class ModelShape:
         return self.num_layers * sum(n * m for n, m in self.linears)
 
     @property
+    def layer_parameters(self) -> int:
+        """Weights of one layer's projections."""
+        return self.linear_parameters // self.num_layers
+
+    @property
     def head_parameters(self) -> int:
         """V * D of the LM head."""
         return self.vocab_size * self.hidden_size
@@ -87,6 +92,18 @@ class ModelShape:
         attention += size * 2 * (self.queries if varlen else self.keys) + (0 if varlen else size * self.queries)
         mlp = size * 4 * F  # gate, its SiLU, up, their product
         return norms + inputs + attention + mlp + size * lora_rank * len(self.linears)
+
+    def backward_bytes(self, *, bf16: bool, lora_rank: int = 0, checkpointing: bool = False) -> float:
+        """Bytes a token that the layers' backward takes at its height beside what forwards kept, weights' gradients
+        apart: the gradients around the last MLP's product and of the residual stream, cosines and sines."""
+        D, F, size = self.hidden_size, self.intermediate_size, 2 if bf16 else 4
+        most = 2 * size * F + 4 * D  # three gradients of width F, less the product, which is no longer needed
+        if bf16 and lora_rank:
+            # The down projection's forward: PEFT casts its input to fp32, autocast that to bf16 again.
+            most = 6 * F + 14 * D
+        if not checkpointing:
+            most = max(most, 24 * D)  # the final norm's backward, in fp32
+        return most + 8 * self.head_dim
 
     def kv_bytes(self, bf16: bool) -> int:
         """Bytes of KV cache a token."""

@@ -11,21 +11,21 @@ unlabelled. A step that ends beyond max_completion_length with more
 behind it, which only completions from elsewhere have, cannot be tried and stays unlabelled.
 """
 
-import hashlib
 import math
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from . import ranks
 from .answers import Verdict
-from .rollout import UNLABELLED, Rollout, write_table
+from .rollout import UNLABELLED, Rollout
 from .sampler import Sampler, no_progress
+from .sampling_shards import Shard, digest, keep_shard, over_ranks, shard_seed
 
 CHUNK = 2048  # continuations that an interrupted run may have to sample again
 # (problem ids, completions, whether they finished) -> a verdict each
@@ -115,37 +115,47 @@ def estimate_cost(rollouts: Sequence[Rollout], settings: Settings, *, tokens_per
 
 def monte_carlo_values(
     rollouts: Sequence[Rollout], sampler: Sampler, judge: Judge, tokenizer: PreTrainedTokenizerBase,
-    settings: Settings, *, seed: int, folder: Path, on_progress: Callable[[int, int], None] = no_progress,
+    settings: Settings, *, seed: int, folder: Path, weights: str = "",
+    on_progress: Callable[[int, int], None] = no_progress,
 ) -> Work:  # fmt: skip
     """Fills `step_values` of each rollout: the share of right continuations of each step, nan where none is known.
 
     Continuations are sampled in chunks of whole problems, each with a seed of its own and kept in `folder`, so that an
     interrupted call can be repeated, with the same values in the end to the last bit. A chunk file that is damaged, or
-    of other rollouts, settings or another seed, is sampled again. `sampler` must hold the policy that `folder` is for.
-    `on_progress(done, total)` counts continuations.
+    of other rollouts, settings, weights or another seed, is sampled again. `sampler` must hold the policy that
+    `weights` stands for (`weights_digest`; may be empty where `folder` is for one policy alone). Chunks are shared out
+    among ranks. `on_progress(done, total)` counts the continuations of this rank.
     """
-    work, total = Work(), estimate_cost(rollouts, settings).continuations
     for r in rollouts:
         r.step_values = _values_without_sampling(r)
-    for number, prefixes in enumerate(_chunks(_prefixes(rollouts, settings), settings)):
-        path, chunk_seed = folder / f"chunk_{number}.parquet", zlib.crc32(repr((seed, number)).encode())
-        digest = _digest(prefixes, settings, chunk_seed)
-        counts = _read_chunk(path, digest, prefixes, settings)
-        work.reused += counts is not None
-        work.damaged += counts is None and path.exists()
-        if counts is None:
-            counts = _sample_chunk(
-                prefixes, sampler, judge, tokenizer, settings, chunk_seed,
-                _shifted(on_progress, work.continuations, total),
-            )  # fmt: skip
-            _write_chunk(path, digest, prefixes, rollouts, counts)
-        for p, c in zip(prefixes, counts, strict=True):
-            for place, step in p.places:
+    own = islice(_chunks(_prefixes(rollouts, settings), settings), ranks.rank(), None, ranks.size())
+    total, done = settings.mc_continuations * sum(map(len, own)), 0
+
+    def work_on(number: int, prefixes: list[Prefix]) -> tuple[list[list[tuple[int, int]]], Shard[list[_Counts]]]:
+        nonlocal done
+        chunk_seed = shard_seed(seed, number)
+        chunk = keep_shard(
+            folder / f"chunk_{number}.parquet", _digest(prefixes, settings, chunk_seed, weights), _SCHEMA,
+            make=lambda: _sample_chunk(
+                prefixes, sampler, judge, tokenizer, settings, chunk_seed, lambda n, _: on_progress(done + n, total)
+            ),
+            to_table=lambda counts: _table(prefixes, rollouts, counts),
+            from_table=lambda table: _counts_of(table, prefixes, settings),
+        )  # fmt: skip
+        done += settings.mc_continuations * len(prefixes)
+        on_progress(done, total)
+        return [p.places for p in prefixes], chunk
+
+    work = Work()
+    for places, chunk in over_ranks(_chunks(_prefixes(rollouts, settings), settings), work_on):
+        work.reused += chunk.reused
+        work.damaged += chunk.damaged
+        for shared, c in zip(places, chunk.value, strict=True):
+            for place, step in shared:
                 rollouts[place].step_values[step] = c.right / c.verified if c.verified else math.nan
             work.continuations += c.total
             work.tokens += c.tokens
             work.unverified += c.total - c.verified
-        on_progress(work.continuations, total)
     work.unlabelled = sum(math.isnan(value) for r in rollouts for value in r.step_values)
     return work
 
@@ -269,29 +279,21 @@ def _sample_chunk(
     return counts
 
 
-_COLUMNS = {
-    "problem_id": pa.int64(), "rollout": pa.int64(), "sample": pa.int32(), "step": pa.int32(),
-    "right": pa.int32(), "verified": pa.int32(), "total": pa.int32(), "tokens": pa.int64(),
-}  # fmt: skip
+_SCHEMA = pa.schema(
+    {
+        "problem_id": pa.int64(), "rollout": pa.int64(), "sample": pa.int32(), "step": pa.int32(),
+        "right": pa.int32(), "verified": pa.int32(), "total": pa.int32(), "tokens": pa.int64(),
+    }
+)  # fmt: skip
 
 
-def _shifted(on_progress: Callable[[int, int], None], before: int, total: int) -> Callable[[int, int], None]:
-    return lambda done, _: on_progress(before + done, total)
+def _digest(prefixes: Sequence[Prefix], settings: Settings, seed: int, weights: str) -> str:
+    """Of everything that decides what is sampled."""
+    drawn = settings.mc_continuations, settings.mc_temperature, settings.max_completion_length, seed, weights
+    return digest([drawn, *((p.problem_id, p.prompt_ids, p.completion_ids, p.places) for p in prefixes)])
 
 
-def _digest(prefixes: Sequence[Prefix], settings: Settings, seed: int) -> str:
-    """Of everything that decides what is sampled, other than the policy."""
-    digest = hashlib.sha256(
-        repr((settings.mc_continuations, settings.mc_temperature, settings.max_completion_length, seed)).encode()
-    )
-    for p in prefixes:
-        digest.update(repr((p.problem_id, p.prompt_ids, p.completion_ids, p.places)).encode())
-    return digest.hexdigest()
-
-
-def _write_chunk(
-    path: Path, digest: str, prefixes: Sequence[Prefix], rollouts: Sequence[Rollout], counts: Sequence[_Counts]
-) -> None:
+def _table(prefixes: Sequence[Prefix], rollouts: Sequence[Rollout], counts: Sequence[_Counts]) -> pa.Table:
     """One row a prefix, named by the first (rollout, step) that has it."""
     rows = []
     for p, c in zip(prefixes, counts, strict=True):
@@ -299,17 +301,11 @@ def _write_chunk(
         rows.append(
             {"problem_id": p.problem_id, "rollout": place, "sample": rollouts[place].sample, "step": step, **vars(c)}
         )
-    write_table(pa.Table.from_pylist(rows, schema=pa.schema(_COLUMNS, metadata={"digest": digest})), path)
+    return pa.Table.from_pylist(rows, schema=_SCHEMA)
 
 
-def _read_chunk(path: Path, digest: str, prefixes: Sequence[Prefix], settings: Settings) -> list[_Counts] | None:
-    """The counts of a finished chunk; None where the file is not there, or is not what this call would write."""
-    try:
-        table = pq.read_table(path)
-    except (pa.ArrowException, OSError):
-        return None
-    if not table.schema.equals(pa.schema(_COLUMNS)) or (table.schema.metadata or {}).get(b"digest") != digest.encode():
-        return None
+def _counts_of(table: pa.Table, prefixes: Sequence[Prefix], settings: Settings) -> list[_Counts] | None:
+    """The counts of a finished chunk; None where the table is not what `_table` would give for these prefixes."""
     rows = table.to_pylist()
     if [(row["rollout"], row["step"]) for row in rows] != [p.places[0] for p in prefixes]:
         return None

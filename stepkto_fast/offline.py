@@ -4,29 +4,32 @@ M_0 is the given model and the reference; `num_train_epochs` passes over the dat
 out, and says how well the log-ratios tell right from wrong completions and steps.
 """
 
-import copy
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks
 from .adapters import add_adapters, require_adapters
 from .command import open_device, say_complaints
 from .errors import RunError
 from .labelled import labelled_rollouts, read_labelled
 from .objective import log_probs
 from .policy import load_policy
+from .policy_views import frozen
 from .prm_metrics import auroc
 from .recipe import Recipe
 from .recorder import Recorder, require_report
 from .report import write_report
 from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
-from .run_directory import Progress, RunDirectory
+from .run_directory import Progress, RunDirectory, on_main
 from .sampler import context_length
 from .segmentation import step_statistics, step_style, style_warning
-from .setup_run import derived_seed
+from .setup_run import derived_seed, open_policy, require_ranks, resolved
 from .task import asked_rows
 from .update import update
 
@@ -39,6 +42,7 @@ def train_offline(recipe: Recipe) -> dict:
         raise RunError("label_source dataset trains a given model: set model to a directory or a hub name")
     device = open_device(recipe.device)
     require_report(recipe)
+    require_ranks(recipe)
     require_adapters(recipe)
     model, tokenizer = load_policy(recipe.model)
     rollouts, complaints, notes = read_data(recipe, model, tokenizer)
@@ -55,21 +59,23 @@ def train_offline(recipe: Recipe) -> dict:
     if newest is None:
         run.save_policy(model, tokenizer, progress)
     del model
-    policy, _ = run.load_model(progress.iteration, device)
+    policy, _ = open_policy(run, progress, recipe, device)
+    recipe = resolved(recipe, policy, device, recorder.say)
     training, held_out = (run.rollouts / "iteration_0.parquet", run.rollouts / "held_out.parquet")
     if progress.iteration == 0 and progress.step == 0:
         with recorder.phase("reference", f"reference log-probs of {len(rollouts)} completions"):
             for r, logp in zip(rollouts, log_probs(policy, rollouts, recipe), strict=True):
                 r.ref_logps = logp.tolist()
-        write_rollouts([r for r in rollouts if r.problem_id % HELD_OUT], training)
-        write_rollouts([r for r in rollouts if not r.problem_id % HELD_OUT], held_out)
+        parts: dict[Path, list[Rollout]] = {training: [], held_out: []}
+        for r in rollouts:
+            parts[training if r.problem_id % HELD_OUT else held_out].append(r)
+        for path, part in parts.items():
+            on_main(partial(write_rollouts, part, path))
         _record(policy, read_rollouts(held_out), recipe, progress, recorder)
     if progress.iteration == 0:
-        exact = recipe.reference_points in ("exact", "mismatched")
-        reference = copy.deepcopy(policy).requires_grad_(False) if exact else None
         merge = add_adapters(policy, recipe, derived_seed(recipe, "adapters", 0))
-        state = run.load_step(progress, policy) if progress.step else None
-        update(policy, reference, read_rollouts(training), recipe, run, progress, recorder, state)
+        reference = frozen(policy) if recipe.reference_points in ("exact", "mismatched") else None
+        update(policy, reference, read_rollouts(training), recipe, run, progress, recorder)
         merge()
         progress.next_iteration()
         _record(policy, read_rollouts(held_out), recipe, progress, recorder)
@@ -166,6 +172,6 @@ def _finish(
     }
     run.write_summary(summary)
     recorder.close()
-    report = write_report(run.path)
+    report = ranks.from_main(lambda: write_report(run.path))
     recorder.say(f"model    {run.path / 'model'}\nsummary  {run.path / 'summary.json'}\nreport   {report}")
     return summary

@@ -1,4 +1,4 @@
-"""Time of a run on one device, part by part, from counts of tokens and stated rates. Predicted, not measured."""
+"""Time of a run, part by part, from counts of tokens and stated rates. Predicted, not measured."""
 
 import math
 from dataclasses import dataclass
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .hardware import Rates
 from .model_shape import ModelShape
 from .monte_carlo import CHUNK
-from .plan_memory import Cache, fits_head, trained_parameters, uses_vllm
+from .plan_memory import Cache, engines, fits_head, micro_batch_tokens, trained_parameters, trains_head, uses_vllm
 from .prm import CACHED_BYTES, HELD_OUT
 from .recipe import Recipe, needs_seed
 from .sampler_transformers import BATCH
@@ -28,35 +28,89 @@ class Part:
         return self.seconds * self.times
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that each rank receives: for a micro-batch's forward, for its backward, and with the weights that it hands
+    to an engine of its own. FSDP's collectives, as rings: a rank receives (n - 1) / n of what is gathered or summed."""
+
+    forward: float
+    backward: float
+    weights: float
+
+
+def traffic(recipe: Recipe, shape: ModelShape, rates: Rates) -> Traffic:
+    """What FSDP sends. Layers are gathered for each pass and the head for the forward, in bf16 or fp32; embeddings for
+    the forward, in fp32. Gradients are summed and scattered in fp32: those of tied embeddings twice, as the head's too.
+    """
+    size, share = 2 if recipe.bf16 else 4, 1 - 1 / rates.ranks
+    layers, head = shape.linear_parameters, shape.head_parameters
+    summed = trained_parameters(recipe, shape) + head * (shape.tied and not recipe.lora_rank)
+    return Traffic(
+        share * (size * (layers + head) + 4 * head), share * (size * layers + 4 * summed), share * 4 * shape.parameters
+    )
+
+
 class Clock:
-    """Seconds of the operations that the parts are made of."""
+    """Seconds of the operations that the parts are made of. Trainer and engines share their work out evenly."""
 
     def __init__(self, recipe: Recipe, shape: ModelShape, rates: Rates, held: Cache):
         self.recipe, self.shape, self.rates, self.held = recipe, shape, rates, held
         self.prompt = rates.prompt_tokens
         self.completion = rates.completion_share * recipe.max_completion_length
         self.length = self.prompt + self.completion
+        self.traffic = traffic(recipe, shape, rates)
         self._peak = rates.flops(recipe.bf16)
 
-    def forward(self, completions: float, *, head: bool = True) -> float:
-        """A forward of the trainer over so many completions with their prompts; the head on completion tokens."""
+    def forward(self, completions: float, *, head: bool = True, everywhere: bool = False) -> float:
+        """A forward of the trainer over so many completions with their prompts; the head on completion tokens.
+        `everywhere`: every rank looks at all of them."""
+        if everywhere:
+            completions *= self.rates.ranks
         flops = self.length * self.shape.forward_flops(self.length)
         flops += self.completion * 2 * self.shape.head_parameters * head
-        return completions * flops / (self._peak * self.rates.utilisation)
+        return self._products(completions * flops) + self._sent(self.micro_batches(completions) * self.traffic.forward)
 
-    def update(self, completions: float) -> float:
-        """Forward and backward. The trunk's backward costs two forwards, one with LoRA, whose frozen weights need no
-        gradient; the head's: 8NDV exact, or what the filter leaves (the README of linear_logp)."""
-        rates, lora = self.rates, bool(self.recipe.lora_rank)
-        trunk = self.length * self.shape.forward_flops(self.length) * (2 if lora else 3)
-        if lora:
-            trunk += self.length * 6 * self.shape.adapter_parameters(self.recipe.lora_rank)
-        if self.recipe.filter_eps == 0:
-            products = 3.0 if lora else 4.0
+    def update(self, completions: float, steps: int) -> float:
+        """Forward and backward of so many completions in so many steps. The trunk's backward costs two forwards, one
+        with LoRA, whose frozen weights need no gradient; activation checkpointing adds a forward; the head's: 8NDV
+        exact, or what the filter leaves (the README of linear_logp)."""
+        rates, recipe, frozen = self.rates, self.recipe, bool(self.recipe.lora_rank)
+        passes = (2 if frozen else 3) + recipe.gradient_checkpointing
+        trunk = self.length * self.shape.forward_flops(self.length) * passes
+        if frozen:
+            adapters = self.shape.adapter_parameters(recipe.lora_rank)
+            trunk += self.length * (6 + 2 * recipe.gradient_checkpointing) * adapters
+        kept = rates.kept_pairs if trains_head(recipe) else 0
+        if recipe.filter_eps == 0:
+            products = 4.0 if trains_head(recipe) else 3.0
         else:
-            products = 1 + rates.kept_pairs + rates.kept_blocks + (0 if lora else rates.kept_pairs)
+            products = 1 + rates.kept_pairs + rates.kept_blocks + kept
         head = self.completion * 2 * self.shape.head_parameters * products
-        return completions * (trunk + head) / (self._peak * rates.utilisation)
+        micro_batches = steps * self.micro_batches(completions / steps)
+        sent = micro_batches * (self.traffic.forward + self.traffic.backward)
+        return self._products(completions * (trunk + head)) + self._sent(sent)
+
+    def micro_batches(self, completions: float) -> int:
+        """How many micro-batches each rank makes of so many completions."""
+        return math.ceil(completions * self.length / (self.rates.ranks * micro_batch_tokens(self.recipe)))
+
+    def _products(self, flops: float) -> float:
+        return flops / (self.rates.ranks * self._peak * self.rates.utilisation)
+
+    def _sent(self, received: float) -> float:
+        """Seconds in which a rank waits for so many bytes."""
+        return (1 - self.rates.overlap) * received / self.rates.collective
+
+    def hand_over(self) -> float:
+        """Seconds until the engines have the trainer's weights: gathered, and then sent to each of Ray's over the
+        network, or written to a disk that the server reads. One rank with its own engine: nothing."""
+        rates, weights = self.rates, 4 * self.shape.parameters
+        seconds = self.traffic.weights / rates.collective
+        if uses_vllm(self.recipe) and self.recipe.vllm_mode == "ray":
+            seconds += self.recipe.ray_engines * weights / (1e9 * rates.network_gb * rates.link_efficiency)
+        elif uses_vllm(self.recipe) and self.recipe.vllm_mode == "server":
+            seconds += 2 * weights / (1e9 * rates.disk_gb)
+        return seconds
 
     def step(self, sequences: float, context: float) -> float:
         """One decoding step of the engine: reads the weights and the sequences' KV cache, or is bound by its products,
@@ -72,7 +126,9 @@ class Clock:
 
     def sample(self, sequences: float, prefill_tokens: float, completion: float, calls: int = 1) -> float:
         """Prefill, then decoding in as many sequences together as there is room for; the end of the longest completion
-        of each call is decoded alone. infinity where no sequence has room."""
+        of each call is decoded alone. Several engines sample a part each. infinity where no sequence has room."""
+        copies = engines(self.recipe, self.rates)
+        sequences, prefill_tokens = sequences / copies, prefill_tokens / copies
         limit = self.rates.sequences if uses_vllm(self.recipe) else BATCH
         together = min(sequences / calls, limit, self.held.sequences(self.length))
         if together < 1:
@@ -122,6 +178,8 @@ def _loop(clock: Clock) -> list[Part]:
     models = 2 if recipe.reference == "initial" else 1
     parts.append(Part("log-probs", models * clock.forward(rollouts), T, f"a forward of {models} model(s)"))
     parts += _update(clock, rollouts, T)
+    if handed := clock.hand_over():
+        parts.append(Part("weights to the engines", handed, T + 1, f"4 P bytes, vllm_mode {recipe.vllm_mode}"))
     saved = (T + 2) * 4 * shape.parameters / (rates.disk_gb * 1e9)
     parts.append(Part("models saved", saved, 1, f"M_0 to M_{T} and model/, 4 P bytes each"))
     return parts
@@ -142,11 +200,11 @@ def _update(clock: Clock, completions: float, iterations: int) -> list[Part]:
     recipe, rates = clock.recipe, clock.rates
     trained = trained_parameters(recipe, clock.shape)
     seen = completions * recipe.num_train_epochs
-    seconds = clock.update(seen)
+    steps = max(1, round(seen / recipe.train_batch_size))
+    seconds = clock.update(seen, steps)
     if recipe.reference_points in ("exact", "mismatched"):
         seconds += 2 * clock.forward(seen)
-    steps = max(1, round(seen / recipe.train_batch_size))
-    seconds += steps * ADAM_BYTES * trained / rates.bandwidth
+    seconds += steps * ADAM_BYTES * trained / (rates.ranks * rates.bandwidth)
     bytes_saved = 4 * clock.shape.parameters + (4 if recipe.lora_rank else 0) * trained + 8 * trained
     saves = (steps - 1) // recipe.save_steps
     parts = [Part("update", seconds, iterations, f"{seen * clock.length / 1e6:.1f} M tokens, {steps} steps")]
@@ -166,7 +224,7 @@ def _fit(clock: Clock) -> Part:
     attention = recipe.prm_pooling == "attention"
     numbers = (2 * shape.hidden_size + 2) * clock.completion if attention else shape.hidden_size * clock.rates.steps
     cached = min(1.0, CACHED_BYTES / (4 * numbers * fitted))
-    pass_seconds = clock.forward(fitted, head=attention)
+    pass_seconds = clock.forward(fitted, head=attention, everywhere=True)
     if recipe.prm_trunk == "trained":
         seconds, how = (cached + 3 * recipe.prm_epochs) * pass_seconds, "forward and backward in every epoch"
     else:

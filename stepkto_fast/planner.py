@@ -6,7 +6,6 @@ nothing: no GPU, no weights, no data, and no network where the shape is known. `
 
 import math
 import sys
-from bisect import bisect_left
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -29,9 +28,9 @@ from .plan_memory import (
 )
 from .plan_time import Part, times
 from .recipe import Recipe, parse_recipe, parse_settings
+from .token_budget import automatic_tokens
 
 SEQUENCES = 8  # of context_length that a lowered vllm_memory must leave room for
-STEP = 256  # of max_tokens_per_micro_batch, when a smaller one is looked for
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,10 @@ class Plan:
         if needed > self.rates.memory:
             return f"{needed / GIB:.1f} GiB at the phase {phase!r}, {self.rates.device.memory_gib:.1f} are there"
         if uses_vllm(self.recipe) and not self.held.sequences(self.recipe.context_length):
+            if self.recipe.vllm_mode != "colocate":
+                return (
+                    f"an engine on a GPU of its own has no room for a sequence of {self.recipe.context_length} tokens"
+                )
             share = smallest_share(self)
             return (
                 f"vllm_memory {self.recipe.vllm_memory} leaves vLLM room for {self.held.tokens:.0f} tokens of KV "
@@ -75,8 +78,12 @@ class Plan:
 
 
 def plan(recipe: Recipe, rates: Rates) -> Plan:
-    """The prediction for `recipe`; RunError where the model's shape cannot be known."""
+    """The prediction for `recipe`, whose max_tokens_per_micro_batch is chosen here where it is 0; RunError where the
+    model's shape cannot be known."""
     shape = shape_of(recipe)
+    if recipe.max_tokens_per_micro_batch == 0:
+        tokens = automatic_tokens(recipe, shape, rates, rates.memory)
+        recipe = replace(recipe, max_tokens_per_micro_batch=tokens)
     held = cache(recipe, shape, rates)
     return Plan(recipe, rates, shape, held, memory(recipe, shape, rates), times(recipe, shape, rates, held))
 
@@ -93,6 +100,8 @@ def advice(p: Plan) -> str | None:
     if p.complaint is None:
         return None
     if p.peak[1] <= p.rates.memory:
+        if p.recipe.vllm_mode != "colocate":
+            return "give the engines GPUs with more memory, or lower context_length"
         return f"raise vllm_memory to {smallest_share(p):.2f}"
     changes = _changes(p)
     for change in changes:
@@ -105,7 +114,7 @@ def advice(p: Plan) -> str | None:
             return f"set {_words(found)}"
     least = plan(replace(p.recipe, **together), p.rates).peak[1]
     least_words = f"with {_words(together)} it takes {least / GIB:.0f} GiB"
-    return f"no setting makes it fit; {least_words}: take a device with more memory"
+    return f"no setting makes it fit; {least_words}: take a device with more memory, or more of them (--gpus)"
 
 
 def _changes(p: Plan) -> list[dict[str, Any]]:
@@ -114,14 +123,19 @@ def _changes(p: Plan) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     if micro_batch_tokens(recipe) > recipe.context_length:
         found.append({"max_tokens_per_micro_batch": recipe.context_length})
-    if uses_vllm(recipe) and p.rates.gpu != "cpu" and (share := smallest_share(p)) < recipe.vllm_memory:
+    own_engine = uses_vllm(recipe) and recipe.vllm_mode == "colocate" and p.rates.gpu != "cpu"
+    if own_engine and (share := smallest_share(p)) < recipe.vllm_memory:
         found.append({"vllm_memory": share})
+    if own_engine and not recipe.vllm_sleep:
+        found.append({"vllm_sleep": True})
     if recipe.engine == "transformers" and recipe.label_source != "dataset":
         found.append({"engine": "vllm"})
     if recipe.prm_trunk == "trained":
         found.append({"prm_trunk": "initial"})
     if recipe.reference_points in ("exact", "mismatched"):
         found.append({"reference_points": "lagged"})
+    if not recipe.gradient_checkpointing:
+        found.append({"gradient_checkpointing": True})
     if not recipe.lora_rank:
         found.append({"lora_rank": 16})
     return found
@@ -133,11 +147,9 @@ def _smallest_step(p: Plan, change: dict[str, Any]) -> dict[str, Any] | None:
         return None
     key = "max_tokens_per_micro_batch"
     if key in change:
-        sizes = range(change[key] // STEP * STEP + STEP, p.recipe.max_tokens_per_micro_batch + 1, STEP)
-        # More tokens never take less memory.
-        fitting = bisect_left(sizes, True, key=lambda n: not _fits(p, change | {key: n}))
-        if fitting:
-            return change | {key: sizes[fitting - 1]}
+        mended = replace(p.recipe, **change)
+        tokens = automatic_tokens(mended, p.shape, p.rates, p.rates.memory)
+        return change | {key: min(tokens, p.recipe.max_tokens_per_micro_batch)}
     return change
 
 
@@ -146,7 +158,7 @@ def _fits(p: Plan, change: dict[str, Any]) -> bool:
 
 
 def _words(change: dict[str, Any]) -> str:
-    return " and ".join(f"{key} to {value}" for key, value in change.items())
+    return " and ".join(f"{key} to {str(value).lower()}" for key, value in change.items())
 
 
 def summary(p: Plan) -> list[str]:
@@ -155,11 +167,12 @@ def summary(p: Plan) -> list[str]:
     trained = trained_parameters(p.recipe, p.shape)
     fits = f"does not fit: {advice(p)}" if p.complaint else "fits"
     parts = sorted(p.parts, key=lambda part: -part.total)[:4]
+    there = f"{p.rates.device.memory_gib:.1f} GiB ({p.rates.devices})"
     return [
         f"parameters  {p.shape.parameters / 1e9:.3f} B, of which {trained / 1e9:.3f} B are trained"
         if not p.recipe.lora_rank
         else f"parameters  {p.shape.parameters / 1e9:.3f} B, and {trained / 1e6:.1f} M in adapters, which are trained",
-        f"memory      {needed / GIB:.1f} of {p.rates.device.memory_gib:.1f} GiB ({p.rates.gpu}), phase {phase}: {fits}",
+        f"memory      {needed / GIB:.1f} of {there}, phase {phase}: {fits}",
         f"time        {duration(p.seconds)}{' if it fitted' if p.complaint else ''}: "
         + ", ".join(f"{part.name} {duration(part.total)}" for part in parts),
     ]
@@ -176,7 +189,7 @@ def print_plan(p: Plan, console: Console) -> None:
     """The whole plan as tables."""
     model = p.recipe.model or "a model built here"
     console.print(
-        f"{p.recipe.name}: {model} on {p.rates.gpu}. Predicted from formulas and the rates below, not measured.",
+        f"{p.recipe.name}: {model} on {p.rates.devices}. Predicted from formulas and the rates below, not measured.",
         markup=False,
         soft_wrap=True,
     )

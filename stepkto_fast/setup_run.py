@@ -1,14 +1,17 @@
 """What a run starts from: problems, the policy M_0, the sampler, and its progress, fresh or from a checkpoint."""
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .adapters import require_adapters
+from . import ranks
+from .adapters import WithoutAdapters, attach_adapters, require_adapters
+from .checkpointing import checkpoint_activations
 from .collect import Asked, ask
 from .command import open_device, say_complaints
 from .errors import RunError
@@ -20,7 +23,9 @@ from .recorder import Recorder, require_report
 from .run_directory import Progress, RunDirectory
 from .sampler import Sampler, open_sampler, require_engine
 from .segmentation import step_style
+from .sharding import shard
 from .task import Problems, Task
+from .token_budget import automatic_budget
 from .warm_start import examples, fine_tune
 
 
@@ -58,7 +63,7 @@ class Session:
     recorder: Recorder
     sampler: Sampler
     tokenizer: PreTrainedTokenizerBase
-    initial: PreTrainedModel  # M_0
+    initial: PreTrainedModel  # M_0; with lora_merge end the policy without its adapters
     test: list[Asked]  # held-out problems
     seed: list[Asked]  # those that the PRM head is fitted on
     train: list[list[Asked]]  # of each iteration
@@ -70,6 +75,7 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     with `resume` the M_t of the newest checkpoint."""
     # Whatever can be wrong is found out before anything on the disk is touched.
     require_labels(recipe, task)
+    require_ranks(recipe)
     step_style(recipe.step_style, recipe.step_pattern)
     device, problems, prm_rows = open_device(recipe.device), task.problems(), None
     if recipe.prm_dataset is not None:
@@ -77,7 +83,7 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
             recipe.prm_dataset, format=recipe.labelled_format, split=recipe.labelled_split,
             neutral=recipe.labelled_neutral,
         )  # fmt: skip
-    require_engine(recipe)
+    require_weights_of_its_own(recipe, require_engine(recipe))
     require_report(recipe)
     require_adapters(recipe)
     given = load_policy(recipe.model) if recipe.model is not None else None
@@ -87,9 +93,15 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     recorder = Recorder(recipe, run, progress)
     say_complaints(recorder.console, problems.complaints, "rows")
     if newest is None:
-        run.save_policy(*(given or make_initial_policy(recipe, task, problems, recorder)), progress)
-    initial, tokenizer = run.load_model(0, device)
-    policy, _ = run.load_model(progress.iteration, device)
+        model, words = given or (None, None)
+        if model is None and ranks.is_main():
+            model, words = make_initial_policy(recipe, task, problems, recorder)
+        run.save_policy(model, words, progress)
+        del model
+    del given
+    policy, tokenizer = open_policy(run, progress, recipe, device)
+    through = recipe.lora_rank and recipe.lora_merge == "end"
+    initial = WithoutAdapters(policy) if through else open_frozen(run, 0, recipe, device)
     progress.counts["skipped_rows"] = len(problems.complaints)
 
     def asked(which: str, wanted: Sequence[Any]) -> list[Asked]:
@@ -106,6 +118,7 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     train = [asked("training", wanted) for wanted in problems.train]
     with recorder.phase("engine", "starting the sampler"):
         sampler = open_sampler(recipe, policy, tokenizer, run.policy_of(0), run.path / "engine.log")
+    recipe = resolved(recipe, policy, device, recorder.say)
     at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")
     recorder.say(
         f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "
@@ -114,6 +127,72 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     return Session(
         recipe, task, run, progress, recorder, sampler, tokenizer, initial, test, seed, train, prm_rows
     ), policy
+
+
+def open_policy(
+    run: RunDirectory, progress: Progress, recipe: Recipe, device: torch.device
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy as it was in M_t, from the run's checkpoints, to be trained: with the adapters that live through the
+    run, sharded where there are several ranks, with its activations checkpointed where the recipe asks for it."""
+    place = _loading_place(device)
+    if recipe.lora_rank and recipe.lora_merge == "end":
+        policy, tokenizer = run.load_model(0, place)
+        attach_adapters(policy, recipe, derived_seed(recipe, "adapters"))
+        run.load_adapters(policy, progress)
+    else:
+        policy, tokenizer = run.load_model(progress.iteration, place)
+    if recipe.gradient_checkpointing:
+        checkpoint_activations(policy)
+    shard(policy, bf16=recipe.bf16, device=device)
+    return policy, tokenizer
+
+
+def open_frozen(run: RunDirectory, iteration: int, recipe: Recipe, device: torch.device) -> PreTrainedModel:
+    """M_iteration from its checkpoint, to be read, sharded where there are several ranks."""
+    model, _ = run.load_model(iteration, _loading_place(device))
+    model.requires_grad_(False)
+    shard(model, bf16=recipe.bf16, device=device)
+    return model
+
+
+def _loading_place(device: torch.device) -> torch.device:
+    """A model that is going to be sharded need not fit on one device."""
+    return device if ranks.size() == 1 else torch.device("cpu")
+
+
+def resolved(recipe: Recipe, policy: PreTrainedModel, device: torch.device, say: Callable[[str], None]) -> Recipe:
+    """The recipe with a number in the place of `max_tokens_per_micro_batch: 0`, once all models are in memory."""
+    if recipe.max_tokens_per_micro_batch:
+        return recipe
+    tokens = automatic_budget(recipe, policy, device)
+    say(f"micro-batches of {tokens:,} tokens: as many as fit")
+    return replace(recipe, max_tokens_per_micro_batch=tokens)
+
+
+def require_ranks(recipe: Recipe) -> None:
+    """RunError when the recipe asks for something that one rank alone can do."""
+    if ranks.size() == 1:
+        return
+    if recipe.lora_rank and recipe.lora_merge == "iteration":
+        raise RunError(f"lora_merge iteration runs on one rank, and there are {ranks.size()}: set lora_merge to end")
+    if recipe.prm_trunk == "trained":
+        raise RunError(f"prm_trunk trained runs on one rank, and there are {ranks.size()}: set prm_trunk to initial")
+
+
+def require_weights_of_its_own(recipe: Recipe, engine: str) -> None:
+    """RunError where engine transformers, which samples from the trainer's own model, cannot do what is asked."""
+    if engine != "transformers":
+        return
+    if recipe.max_staleness:
+        raise RunError(
+            "max_staleness 1 samples while the update runs, and engine transformers samples from the very weights that "
+            "it moves: take engine vllm, or set max_staleness to 0"
+        )
+    if ranks.size() > 1:
+        raise RunError(
+            f"engine transformers samples on one rank, and there are {ranks.size()}: take engine vllm (pip install "
+            "'stepkto-fast[vllm]')"
+        )
 
 
 def require_labels(recipe: Recipe, task: Task) -> None:

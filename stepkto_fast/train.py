@@ -11,12 +11,16 @@ from contextlib import closing
 
 from . import planner
 from .adapters import add_adapters
+from .ahead import while_updating
 from .command import run_command
+from .determinism import make_deterministic
 from .labelling import fit_head
 from .offline import train_offline
-from .phases import collect, finish, frozen_copy, judge
+from .phases import collect, finish, judge, reference_model
+from .ranks import close_ranks, is_main, open_ranks
 from .recipe import Recipe, parse_recipe
 from .rollout import read_rollouts
+from .sampling_shards import SHARDS, drop_shards
 from .setup_run import derived_seed, open_session
 from .task import Task, open_task
 from .update import update
@@ -43,22 +47,16 @@ def _iterate(recipe: Recipe, task: Task) -> dict:
             if t == recipe.iterations:
                 return finish(s, policy, prm)
             collect(s, policy, prm, rollouts_file)
-        reference = frozen_copy(s, policy)
+        elif recipe.max_staleness:
+            s.sampler.sync(policy)
         merge = add_adapters(policy, recipe, derived_seed(recipe, "adapters", t))
-        optimizer_state = s.run.load_step(s.progress, policy) if s.progress.step else None
-        update(
-            policy,
-            reference,
-            read_rollouts(rollouts_file),
-            recipe,
-            s.run,
-            s.progress,
-            s.recorder,
-            optimizer_state,
-        )
+        reference = reference_model(s, policy)
+        with while_updating(s, policy):
+            update(policy, reference, read_rollouts(rollouts_file), s.recipe, s.run, s.progress, s.recorder)
         merge()
         s.progress.next_iteration()
         s.run.save_policy(policy, s.tokenizer, s.progress)
+        drop_shards(s.run.rollouts / SHARDS / f"iteration_{t}")
 
 
 def main(argv: list[str]) -> int:
@@ -69,10 +67,18 @@ def main(argv: list[str]) -> int:
     if "--plan" in argv:
         return planner.main([word for word in argv if word != "--plan"])
     start = time.monotonic()
-    code = run_command(lambda: train(parse_recipe(argv)))
-    if code == 0:
-        print(f"done in {time.monotonic() - start:.0f} s")
-    return code
+
+    def action() -> None:
+        recipe = parse_recipe(argv)
+        if recipe.deterministic:
+            make_deterministic()
+        open_ranks(recipe.distributed_timeout)
+        train(recipe)
+        if is_main():
+            print(f"done in {time.monotonic() - start:.0f} s")
+        close_ranks()
+
+    return run_command(action)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 import random
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from transformers import PreTrainedModel, get_scheduler
@@ -12,8 +13,11 @@ from .errors import RunError
 from .objective import BatchResult, accumulate_gradients, class_weights, estimate_points
 from .recipe import Recipe
 from .recorder import Recorder
-from .rollout import Rollout, write_rollouts
-from .run_directory import Progress, RunDirectory, restore_optimizer
+from .rollout import Rollout
+from .run_directory import Progress, RunDirectory
+from .sharding import clip_gradients
+from .token_budget import TokenBudget, with_retry
+from .watch import act, stop_on_nonfinite, watch_step
 
 
 def update(
@@ -24,13 +28,14 @@ def update(
     run: RunDirectory,
     progress: Progress,
     recorder: Recorder,
-    optimizer_state: dict[str, torch.Tensor] | None = None,
 ) -> None:
     """Trains `policy` in place from step `progress.step` to the end of the iteration, saving as it goes.
 
+    In the middle of an iteration weights and optimizer are those of the checkpoint at `progress`.
+
     `reference` is needed by the estimators `exact` and `mismatched` only. The order of the batches depends on the
     seed and the iteration alone. A loss or gradient that is not finite stops the run before the optimizer moves:
-    RunError, with the batch saved beside the checkpoints.
+    RunError, with the batch saved beside the checkpoints. Out of memory, a step is repeated with smaller micro-batches.
     """
     batches = batch_order(rollouts, recipe, progress.iteration)
     weights = class_weights(rollouts, recipe)
@@ -45,24 +50,36 @@ def update(
         num_warmup_steps=recipe.warmup_steps,
         num_training_steps=len(batches),
     )
-    if optimizer_state is not None:
-        restore_optimizer(optimizer, optimizer_state)
+    if progress.step:
+        run.load_step(progress, policy, optimizer)
     with warnings.catch_warnings():  # torch warns of a schedule that runs ahead of a (restored) optimizer
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(progress.step):
             schedule.step()
+    tokens = min(recipe.max_tokens_per_micro_batch, progress.fitting_tokens or recipe.max_tokens_per_micro_batch)
+    budget = TokenBudget(tokens, longest=max(map(len, rollouts)))
     policy.train()
     with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
         for batch in batches[progress.step :]:
             seed = recipe.seed * 1_000_003 + progress.global_step
+
+            def gradients(
+                tokens: int, batch: list[Rollout] = batch, seed: int = seed
+            ) -> tuple[tuple[float, float], BatchResult]:
+                fitting = replace(recipe, max_tokens_per_micro_batch=tokens)
+                found = estimate_points(policy, reference, batch, fitting, progress.lagged, seed)
+                return found, accumulate_gradients(policy, batch, fitting, weights, found)
+
             try:
-                points = estimate_points(policy, reference, batch, recipe, progress.lagged, seed)
+                points, result = with_retry(gradients, budget, optimizer.zero_grad, recorder.say)
             except ValueError as error:
                 raise RunError(f"iteration {progress.iteration}, step {progress.step}: {error}") from error
-            result = accumulate_gradients(policy, batch, recipe, weights, points)
-            norm = float(torch.nn.utils.clip_grad_norm_(trained, recipe.max_grad_norm))
+            if budget.tokens < tokens:
+                progress.fitting_tokens = budget.tokens
+            norm = clip_gradients(trained, recipe.max_grad_norm)
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
-                _stop_on_nonfinite(result, norm, batch, run, progress)
+                stop_on_nonfinite(policy, result, norm, batch, recipe, weights, points, run, progress)
+            act(watch_step(result, batch, recipe), recipe, recorder.say)
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()
@@ -94,23 +111,6 @@ def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> 
             epoch[-1] = epoch[-1] + short
         batches += epoch
     return batches
-
-
-def _stop_on_nonfinite(
-    result: BatchResult, norm: float, batch: list[Rollout], run: RunDirectory, progress: Progress
-) -> None:
-    bad = [
-        f"problem {r.problem_id} sample {r.sample}"
-        for r, ratio in zip(batch, result.log_ratios.tolist(), strict=True)
-        if not math.isfinite(ratio)
-    ]
-    path = run.path / f"nonfinite_iteration_{progress.iteration}_step_{progress.step}.parquet"
-    write_rollouts(batch, path)
-    raise RunError(
-        f"loss {result.loss} and gradient norm {norm} in iteration {progress.iteration}, step {progress.step}: stopped "
-        f"before the optimizer moved. Log-ratios that are not finite: {', '.join(bad) or 'none'}. The batch is in "
-        f"{path}; continue from the last checkpoint with --resume true and a lower --learning_rate"
-    )
 
 
 def _metrics(

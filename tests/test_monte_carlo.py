@@ -319,7 +319,8 @@ def engine(request, taught, tokenizer, tmp_path_factory):
     recipe.engine = request.param
     sampler = open_sampler(recipe, model, tokenizer, folder, folder / "engine.log")
     sampler.sync(model)
-    return sampler
+    yield sampler
+    sampler.close()
 
 
 def test_engines_sample_the_values_that_the_model_has(engine, taught, exact, tokenizer, tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from stepkto_kernels import linear_logp, step_kto
 from torch.nn.functional import log_softmax
 
 from stepkto_fast.objective import (
@@ -18,6 +19,8 @@ from stepkto_fast.objective import (
     mismatch,
     seen_labels,
 )
+from stepkto_fast.packing import pack
+from stepkto_fast.policy import head, hidden_states
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.update import batch_order
 
@@ -170,3 +173,28 @@ def test_unlabelled_steps_and_single_class_batches_train(model, rollouts):
     result, found = gradients(model, rng.sample(rollouts, 3), Recipe())
     assert result.step_loss == 0.0
     assert found.isfinite().all()
+
+
+def test_importance_scales_the_gradient_of_each_token_and_nothing_else(model, rollouts):
+    """Against d loss / d logp of every token, from the loss without weights, times the weight."""
+    recipe, rng = Recipe(max_tokens_per_micro_batch=150), random.Random(5)
+    plain, _ = gradients(model, rollouts, recipe)
+    weighted = copy.deepcopy(rollouts)
+    for r in weighted[1:]:  # the first has none: 1 for each of its tokens
+        r.importance = [rng.uniform(0.0, 2.0) for _ in r.completion_ids]
+    result, found = gradients(model, weighted, recipe)
+    for name in ("loss", "outcome_loss", "step_loss"):
+        assert getattr(result, name) == pytest.approx(getattr(plain, name), abs=1e-6)
+    torch.testing.assert_close(result.sequence_logps, plain.sequence_logps, atol=1e-4, rtol=1e-6)
+
+    batch, twin = pack(weighted), copy.deepcopy(model)
+    logp = linear_logp(hidden_states(twin, batch), target=batch.target, **head(twin))
+    output = step_kto(
+        logp, batch.ref_logp, batch.cu_seqlens, batch.cu_steps, batch.labels, batch.step_labels, kl=0.1, step_kl=0.05,
+        beta=recipe.beta, step_beta=recipe.step_beta, **class_weights(rollouts, recipe),
+    )  # fmt: skip
+    (of_tokens,) = torch.autograd.grad(output.loss, logp, retain_graph=True)
+    logp.backward(of_tokens * batch.importance)
+    expected = torch.cat([p.grad.flatten() for p in twin.parameters()])
+    torch.testing.assert_close(found, expected, atol=1e-5 * float(expected.abs().max()), rtol=1e-4)
+    assert (found - gradients(model, rollouts, recipe)[1]).norm() > 0.1 * found.norm(), "the weights matter"

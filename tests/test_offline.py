@@ -84,8 +84,7 @@ def test_an_interrupted_update_resumes_to_the_same_weights(tmp_path, data, inter
     more = (*more, "--save_steps", "2", "--num_train_epochs", "1")
     assert main(arguments(data, tmp_path / "whole", *more)) == 0
     interrupt_update(4)
-    with pytest.raises(KeyboardInterrupt):
-        main(arguments(data, tmp_path / "cut", *more))
+    assert main(arguments(data, tmp_path / "cut", *more)) == 130
     (saved,) = (tmp_path / "cut" / "checkpoints").glob("iteration_0_step_2")
     names = set(load_file(saved / "model.safetensors"))
     assert all("lora_" in name for name in names) == ("--lora_rank" in more), "only what is trained is saved"

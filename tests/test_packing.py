@@ -1,7 +1,8 @@
 """Packed batches: layout, and the same logits and gradients as one sequence at a time."""
 
 import copy
-from itertools import pairwise
+from fractions import Fraction
+from itertools import pairwise, product
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from stepkto_fast import attention
 from stepkto_fast.attention import NAME, packed_attention
-from stepkto_fast.packing import micro_batches, pack
+from stepkto_fast.packing import micro_batches, micro_batches_of_ranks, pack, split_over_ranks
 from stepkto_fast.policy import head, hidden_states
 from stepkto_fast.rollout import Rollout
 
@@ -53,6 +54,56 @@ def test_micro_batches_keep_order_and_budget(shapes, budget):
         assert len(group) == 1 or sum(map(len, group)) <= budget
     for left, right in pairwise(groups):
         assert sum(map(len, left)) + len(right[0]) > budget, "no micro-batch is smaller than it needs to be"
+
+
+SHAPES = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 90)), max_size=30)
+
+
+@given(SHAPES, st.integers(1, 6))
+def test_ranks_share_all_rollouts_evenly(shapes, ranks):
+    rollouts = [rollout(*shape) for shape in shapes]
+    shares = split_over_ranks(rollouts, ranks)
+    assert len(shares) == ranks
+    assert sorted(index for share in shares for index in share) == list(range(len(rollouts)))
+    assert all(share == sorted(share) for share in shares)
+    assert shares == split_over_ranks(copy.deepcopy(rollouts), ranks)
+    tokens = [sum(len(rollouts[index]) for index in share) for share in shares]
+    assert max(tokens) - min(tokens) <= max(map(len, rollouts), default=0)
+    assert ranks > len(rollouts) or all(shares), "no rank is idle where there is work for all"
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=7), st.integers(1, 3))
+def test_no_split_is_much_better(lengths, ranks):
+    """Graham's bound, against all splits."""
+    shares = split_over_ranks([rollout(1, length - 1) for length in lengths], ranks)
+    fullest = max(sum(lengths[index] for index in share) for share in shares)
+    best = min(
+        max(sum(n for n, at in zip(lengths, places, strict=True) if at == rank) for rank in range(ranks))
+        for places in product(range(ranks), repeat=len(lengths))
+    )
+    assert fullest <= (Fraction(4, 3) - Fraction(1, 3 * ranks)) * best
+
+
+@given(SHAPES, st.integers(1, 6), st.integers(1, 200))
+def test_every_rank_has_as_many_micro_batches(shapes, ranks, budget):
+    rollouts = [rollout(*shape) for shape in shapes]
+    split = micro_batches_of_ranks(rollouts, ranks, budget)
+    assert len({len(groups) for groups in split}) == 1
+    for groups, share in zip(split, split_over_ranks(rollouts, ranks), strict=True):
+        assert [index for group in groups for index in group] == share
+        packed = [[rollouts[index] for index in group] for group in groups if group]
+        assert packed == list(micro_batches([rollouts[index] for index in share], budget))
+    if ranks == 1:
+        assert [] not in split[0], "one rank waits for nobody"
+
+
+def test_importance_weights_lie_beside_the_tokens():
+    weighted = rollout(2, 3)
+    weighted.importance = [0.5, 2.0, 1.5]
+    assert pack([rollout(1, 1), rollout(2, 2)]).importance is None
+    batch = pack([rollout(1, 2), weighted]).to(torch.device("cpu"))
+    assert batch.importance.tolist() == [1.0, 1.0, 0.5, 2.0, 1.5]
+    assert batch.importance.dtype == torch.float32
 
 
 @pytest.mark.parametrize("device", DEVICES)

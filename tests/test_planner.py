@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,12 +26,13 @@ from stepkto_fast.hardware import DEVICES, GIB, Rates
 from stepkto_fast.model_shape import KNOWN, LLAMA_8B, QWEN_1_5B, ModelShape, shape_of, shape_of_config
 from stepkto_fast.monte_carlo import CHUNK
 from stepkto_fast.packing import pack
-from stepkto_fast.plan_memory import PHASES, cache, memory, peak
-from stepkto_fast.plan_time import times
+from stepkto_fast.plan_memory import PASSES, PHASES, UPDATE, cache, memory, peak
+from stepkto_fast.plan_time import times, traffic
 from stepkto_fast.planner import advice, plan, summary
 from stepkto_fast.policy import hidden_states
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.rollout import Rollout
+from stepkto_fast.scaling_page import table
 
 SMALL = {
     "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -118,9 +120,9 @@ def test_activations_of_a_packed_micro_batch(config, kind, bf16, lora_rank):
         bf16=bf16, lora_rank=lora_rank, max_tokens_per_micro_batch=len(batch.input_ids[0]), context_length=1
     )
     items = {(i.name, i.phases): i.amount for i in memory(recipe, shape, Rates(gpu="cpu"))}
-    assert items["activations", ("backward",)] == pytest.approx(measured, rel=0.08)
+    assert items["activations", ("forward", "LM head")] == pytest.approx(measured, rel=0.08)
     if bf16 and not lora_rank:
-        assert items["bf16 copies", ("PRM head", "log-probs", "backward")] == copies
+        assert items["bf16 copies", ("PRM head", "log-probs", *PASSES)] == copies
     assert bool(copies) == bf16
 
 
@@ -202,10 +204,10 @@ def test_further_copies_of_the_model(change, copies):
 def test_lora_trains_adapters_alone():
     recipe = replace(LLAMA, lora_rank=16)
     found, adapters = amounts(recipe), LLAMA_8B.adapter_parameters(16)
-    assert found["gradients", ("backward", "optimizer")] == 4 * adapters
-    assert found["AdamW moments", ("backward", "optimizer")] == 8 * adapters
+    assert found["gradients", UPDATE] == 4 * adapters
+    assert found["AdamW moments", UPDATE] == 8 * adapters
     # No gradient of the head's weight.
-    assert found["LM head", ("backward",)] < amounts(LLAMA)["LM head", ("backward",)] - 6 * LLAMA_8B.head_parameters + 1
+    assert found["LM head", ("LM head",)] < amounts(LLAMA)["LM head", ("LM head",)] - 6 * LLAMA_8B.head_parameters + 1
 
 
 def test_offline_training_has_no_engine_and_no_second_model():
@@ -439,3 +441,156 @@ def test_every_rate_is_printed_beside_the_result():
     said = console.export_text()
     assert all(f.name in said and f.metadata["help"][:40] in said for f in fields(Rates))
     assert all(line in said for line in summary(plan(LLAMA, Rates())))
+
+
+# ---- several ranks, and what makes room ----
+
+
+def parts_of(recipe, **rates):
+    return {p.name: p for p in plan(recipe, Rates(**rates)).parts}
+
+
+def test_ranks_share_weights_gradients_moments_and_the_second_model():
+    one, eight = (
+        {(i.name, i.phases): i.amount for i in memory(LLAMA, LLAMA_8B, Rates(gpus=n, nodes=m))}
+        for n, m in ((1, 1), (4, 2))
+    )
+    for name, phases in (("policy", PHASES), ("M_0", PHASES), ("gradients", UPDATE), ("AdamW moments", UPDATE)):
+        assert eight[name, phases] == one[name, phases] / 8
+    # Activations and each rank's own engine are not shared out, and nothing is copied: the gathered layers are in bf16.
+    same = {"vLLM", "activations", "LM head", "PRM features"}
+    assert all(eight[key] == amount for key, amount in one.items() if key[0] in same)
+    assert not any(name == "bf16 copies" for name, _ in eight)
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    assert eight["gathered layers", ("PRM head", "log-probs", *PASSES)] == 2 * 2 * layer
+    # In fp32 the head is gathered in fp32; in bf16 that is the copy that is counted anyway.
+    whole = {i.name: i.amount for i in memory(replace(LLAMA, bf16=False), LLAMA_8B, Rates(gpus=8))}
+    assert whole["gathered head"] == 4 * 128256 * 4096
+    assert not any(name == "gathered head" for name, _ in eight)
+
+
+def test_adapters_to_the_end_need_no_second_model():
+    lora = replace(LLAMA, lora_rank=16)
+    one, other = (amounts(replace(lora, lora_merge=when)) for when in ("iteration", "end"))
+    assert ("M_0", PHASES) in one
+    assert ("M_0", PHASES) not in other
+    assert other["adapters", PHASES] == one["adapters", UPDATE] == 4 * LLAMA_8B.adapter_parameters(16)
+
+
+def test_a_trained_head_beside_adapters():
+    lora = replace(LLAMA, lora_rank=16)
+    frozen, trained = (amounts(replace(lora, lora_train_head=on)) for on in (False, True))
+    head = LLAMA_8B.head_parameters
+    assert trained["AdamW moments", UPDATE] - frozen["AdamW moments", UPDATE] == 8 * head
+    assert trained["LM head", ("LM head",)] - frozen["LM head", ("LM head",)] == 6 * head
+    slower, faster = (parts_of(replace(lora, lora_train_head=on))["update"].seconds for on in (True, False))
+    assert slower > faster
+
+
+def test_where_the_engine_is():
+    """Asleep it is gone from the update; behind a server or under Ray it is gone altogether."""
+
+    def share(**change):
+        return {i.phases for i in memory(replace(LLAMA, **change), LLAMA_8B, Rates()) if i.name == "vLLM"}
+
+    assert share() == {PHASES}
+    assert share(vllm_sleep=True) == {("sampling", "PRM head", "log-probs")}
+    elsewhere = {"vllm_mode": "server", "vllm_server_url": "http://there:8000"}
+    assert share(**elsewhere) == share(vllm_mode="ray") == set()
+    # There it has 0.9 of a GPU for itself.
+    room = 0.9 * 139.8 * GIB - 2 * LLAMA_8B.parameters - 3 * GIB
+    assert cache(replace(LLAMA, **elsewhere), LLAMA_8B, Rates()).tokens == room / (32 * 2 * 8 * 128 * 2)
+
+
+def test_engines_sample_a_part_each():
+    rates = {"launch_ms": 1000.0, "max_sequences": 8, "completion_share": 1.0}  # 32 s a step, all of one length
+    seconds = {
+        name: parts_of(replace(LLAMA, **change), **rates, **more)["rollouts"].seconds
+        for name, change, more in (
+            ("one", {}, {}), ("four ranks", {}, {"gpus": 4}), ("ray", {"vllm_mode": "ray", "ray_engines": 4}, {}),
+            ("server", {"vllm_mode": "server", "vllm_server_url": "http://there:1"}, {"gpus": 2, "server_gpus": 4}),
+        )
+    }  # fmt: skip
+    for name in ("four ranks", "ray", "server"):
+        assert seconds[name] == pytest.approx(seconds["one"] / 4, rel=0.01), name
+
+
+def test_activation_checkpointing_costs_a_forward_and_keeps_inputs():
+    rates = Rates(kept_pairs=0.0, kept_blocks=0.0, bandwidth_efficiency=1.0)
+    plain, again = (plan(replace(LLAMA, gradient_checkpointing=on), rates) for on in (False, True))
+    tokens = 500 * 8 * (200 + 0.3 * 2048)
+    forward = tokens * LLAMA_8B.forward_flops(200 + 0.3 * 2048) / (0.3 * 989e12)
+    one, other = ({p.name: p for p in found.parts}["update"].seconds for found in (plain, again))
+    assert other - one == pytest.approx(forward)
+    kept = {i.name: i.amount for i in again.items if i.phases == ("forward", "LM head")}["activations"]
+    assert kept == 4096 * 4 * (32 + 3) * 4096
+    assert again.peaks["backward"] < plain.peaks["backward"]
+
+
+def test_what_ranks_send():
+    """FSDP's bytes for Llama 8B over 8 ranks, by hand; one rank sends nothing."""
+    sent = traffic(LLAMA, LLAMA_8B, Rates(gpus=8))
+    layers, head, every = LLAMA_8B.linear_parameters, 128256 * 4096, LLAMA_8B.parameters
+    assert sent.forward == pytest.approx(7 / 8 * (2 * layers + 2 * head + 4 * head))
+    assert sent.backward == pytest.approx(7 / 8 * (2 * layers + 4 * every))
+    assert sent.weights == pytest.approx(7 / 8 * 4 * every)
+    lora = traffic(replace(LLAMA, lora_rank=16), LLAMA_8B, Rates(gpus=8))
+    assert sent.backward - lora.backward == pytest.approx(7 / 8 * 4 * (every - LLAMA_8B.adapter_parameters(16)))
+    assert traffic(LLAMA, LLAMA_8B, Rates()) == type(sent)(0, 0, 0)
+    # A tied head's gradient is summed as the embeddings' and as the head's.
+    tied, untied = (traffic(LLAMA, replace(QWEN_1_5B, tied=t), Rates(gpus=8)) for t in (True, False))
+    assert tied.backward == pytest.approx(untied.backward)
+
+
+def test_time_with_ranks_is_shared_work_and_what_is_sent():
+    base = {"launch_ms": 0.0, "bandwidth_efficiency": 1.0}
+    recipe = replace(LLAMA, train_batch_size=64, max_tokens_per_micro_batch=10**6)  # a micro-batch a step
+    one = parts_of(recipe, **base)["update"].seconds
+    eight = parts_of(recipe, gpus=8, overlap=1.0, **base)["update"].seconds
+    assert eight == pytest.approx(one / 8)
+    sent = traffic(recipe, LLAMA_8B, Rates(gpus=8))
+    steps = round(500 * 8 / 64)
+    exposed = parts_of(recipe, gpus=8, overlap=0.25, **base)["update"].seconds - eight
+    assert exposed == pytest.approx(0.75 * steps * (sent.forward + sent.backward) / (0.7 * 450e9))
+    # Two machines: eight network cards together carry less than NVLink does.
+    assert Rates(gpus=8, nodes=2).collective == pytest.approx(0.7 * 400e9)
+    assert Rates(gpus=8, nodes=2, network_gb=100).collective == pytest.approx(0.7 * 450e9)
+
+
+def test_an_automatic_budget_is_chosen_before_the_rest():
+    recipe = replace(LLAMA, lora_rank=16, max_tokens_per_micro_batch=0)
+    found = plan(recipe, Rates())
+    tokens = found.recipe.max_tokens_per_micro_batch
+    assert tokens % 256 == 0
+    assert found.complaint is None
+    assert plan(replace(recipe, max_tokens_per_micro_batch=tokens + 256), Rates()).complaint is not None
+
+
+def test_advice_knows_sleep_and_checkpointing():
+    lora = replace(LLAMA, lora_rank=16)
+
+    def said(length, **change):
+        recipe = replace(lora, context_length=length, max_tokens_per_micro_batch=length, **change)
+        return advice(plan(recipe, Rates()))
+
+    assert said(8192) == "set vllm_sleep to true"
+    assert said(8192, vllm_mode="ray") is None  # there is no engine on this GPU
+    assert said(16384) == "set gradient_checkpointing to true"
+
+
+def test_the_table_of_predictions_is_current():
+    text = (Path(__file__).parent.parent / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert table() in text, "put the output of python -m stepkto_fast.scaling_page into docs/scaling.md"
+    assert "does not fit" in table()
+    assert text.count("Predicted, never measured") == 1
+
+
+def test_ranks_are_named(capsys):
+    assert planner.main(["--gpu", "h100", "--gpus", "8", "--nodes", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "(16 x h100)" in said
+    for key in ("gpus", "nodes", "server_gpus", "network_gb"):
+        with pytest.raises(RunError, match=f"{key} is 0"):
+            Rates(**{key: 0})
+    with pytest.raises(RunError, match=r"overlap is 2\.0: give a share from 0 to 1"):
+        Rates(overlap=2.0)

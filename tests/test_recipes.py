@@ -7,7 +7,7 @@ import pytest
 
 from stepkto_fast.hardware import Rates
 from stepkto_fast.planner import plan, summary
-from stepkto_fast.recipe import Recipe, parse_recipe
+from stepkto_fast.recipe import Recipe, parse_recipe, parse_settings
 from stepkto_fast.setup_run import require_labels
 from stepkto_fast.task import MathTask
 from stepkto_fast.tasks.math import KNOWN
@@ -15,9 +15,10 @@ from stepkto_fast.tasks.math import KNOWN
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted(ROOT.glob("recipes/*.yaml"))
 FOR_REAL_MODELS = [
-    "llama-3.1-8b-math", "llama-3.1-8b-math-lora", "qwen2.5-1.5b-gsm8k", "qwen2.5-1.5b-gsm8k-lora"
+    "llama-3.1-8b-math", "llama-3.1-8b-math-lora", "llama-3.1-8b-math-8gpu", "qwen2.5-1.5b-gsm8k",
+    "qwen2.5-1.5b-gsm8k-lora", "qwen2.5-1.5b-math-32k",
 ]  # fmt: skip
-QUOTED = re.compile(r"^# python -m stepkto_fast\.train (\S+) --plan --gpu (\w+)\n((?:#   .*\n)+)", re.MULTILINE)
+QUOTED = re.compile(r"^# python -m stepkto_fast\.train (\S+) --plan((?: --\w+ \S+)+)\n((?:#   .*\n)+)", re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
@@ -34,9 +35,10 @@ def test_figures_in_the_comment_are_current(name):
     recipe = parse_recipe([str(ROOT / "recipes" / f"{name}.yaml")])
     quoted = QUOTED.findall(text)
     assert quoted
-    for path, gpu, lines in quoted:
+    for path, words, lines in quoted:
         assert path == f"recipes/{name}.yaml"
-        assert [line.removeprefix("#   ") for line in lines.splitlines()] == summary(plan(recipe, Rates(gpu=gpu)))
+        rates = parse_settings(Rates, words.split(), "plan")
+        assert [line.removeprefix("#   ") for line in lines.splitlines()] == summary(plan(recipe, rates))
     assert ": fits" in quoted[0][2], "the first device named is one that the run fits on"
     assert "Never run" in text
 
@@ -52,6 +54,19 @@ def test_recipes_for_real_models_can_be_labelled(name):
         require_labels(recipe, task)
     finally:
         task.close()
+
+
+def test_the_recipe_for_eight_gpus_differs_where_it_says():
+    one, eight = (parse_recipe([str(ROOT / "recipes" / f"llama-3.1-8b-math{end}.yaml")]) for end in ("", "-8gpu"))
+    assert {key for key in Recipe.__dataclass_fields__ if getattr(one, key) != getattr(eight, key)} == {
+        "name", "output_dir", "vllm_memory", "vllm_sleep", "max_tokens_per_micro_batch", "gradient_checkpointing"
+    }  # fmt: skip
+
+
+def test_the_recipe_for_long_context_is_long():
+    recipe = parse_recipe([str(ROOT / "recipes" / "qwen2.5-1.5b-math-32k.yaml")])
+    assert recipe.context_length == 32768 == recipe.max_tokens_per_micro_batch
+    assert recipe.gradient_checkpointing
 
 
 @pytest.mark.parametrize("name", ["llama-3.1-8b-math", "qwen2.5-1.5b-gsm8k"])

@@ -1,17 +1,16 @@
-"""Both engines behind one interface: the same policy, the same log-probs, reproducible samples, synced weights."""
+"""The engines in this process keep the contract of samplers; which engine is chosen, and what prompts fit."""
 
 import importlib.util
 import os
 from pathlib import Path
 
 import pytest
-import torch
+from sampler_contract import SamplerContract, open_engine
 
-from stepkto_fast.collect import ask, check_sync, sample_rollouts
+from stepkto_fast.collect import ask
 from stepkto_fast.errors import RunError
 from stepkto_fast.recipe import Recipe
-from stepkto_fast.run_directory import save_pretrained
-from stepkto_fast.sampler import open_sampler
+from stepkto_fast.sampler import open_sampler, require_engine
 from stepkto_fast.task import ArithmeticTask
 from stepkto_fast.tasks import arithmetic
 
@@ -23,161 +22,14 @@ VLLM = pytest.param(
 
 @pytest.fixture(scope="module", params=[VLLM, "transformers"])
 def engine(request, tmp_path_factory, tokenizer):
-    """(recipe, model, sampler) with one engine for all tests: starting vLLM takes seconds."""
-    from stepkto_fast.policy import build_policy
-
-    model = build_policy(tokenizer, hidden_size=64, layers=2, heads=2, max_length=96, seed=1).eval()
-    folder = tmp_path_factory.mktemp("policy")
-    save_pretrained(model, tokenizer, folder)
-    recipe = Recipe(engine=request.param, max_completion_length=24, temperature=0.8)
-    return recipe, model, open_sampler(recipe, model, tokenizer, folder, folder / "engine.log")
+    """One engine for all tests: starting vLLM takes seconds."""
+    found = open_engine(tokenizer, tmp_path_factory.mktemp("policy"), engine=request.param)
+    yield found
+    found[2].close()
 
 
-def draw(engine, problems, tokenizer, n=3, temperature=0.8, seed=5):
-    recipe, model, sampler = engine
-    task = ArithmeticTask(recipe)
-    asked, _ = ask(task, problems[:6], tokenizer, model, recipe)
-    return sample_rollouts(sampler, task, asked, tokenizer, recipe, n=n, temperature=temperature, seed=seed)
-
-
-def test_sampled_log_probs_are_the_models_after_every_sync(engine, problems, tokenizer):
-    recipe, model, sampler = engine
-    for _ in range(2):
-        sampler.sync(model)
-        rollouts = draw(engine, problems, tokenizer)
-        _, difference = check_sync(model, rollouts, recipe)
-        assert difference < 1e-4
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.add_(0.05 * torch.randn_like(parameter))
-
-
-def test_stale_weights_are_caught(engine, problems, tokenizer):
-    recipe, model, sampler = engine
-    if sampler.name == "transformers":
-        pytest.skip("samples from the trainer's own model object: its weights cannot be stale")
-    sampler.sync(model)
-    with torch.no_grad():
-        model.lm_head.weight.mul_(1.5)
-    rollouts = draw(engine, problems, tokenizer)
-    with pytest.raises(RunError, match="weight sync failed"):
-        check_sync(model, rollouts, recipe)
-    sampler.sync(model)
-    check_sync(model, draw(engine, problems, tokenizer), recipe)
-
-
-def test_a_log_prob_that_is_not_a_number_is_caught_wherever_it_is(engine, problems, tokenizer):
-    recipe, model, sampler = engine
-    sampler.sync(model)
-    rollouts = draw(engine, problems, tokenizer)
-    rollouts[1].logps[0] = float("nan")
-    with pytest.raises(RunError, match="weight sync failed"):
-        check_sync(model, rollouts, recipe)
-
-
-def test_a_models_own_sampling_defaults_are_not_used(engine, problems, tokenizer):
-    """A repetition penalty in generation_config.json would change the distribution that is sampled from."""
-    recipe, model, sampler = engine
-    model.generation_config.repetition_penalty = 5.0
-    sampler.sync(model)
-    check_sync(model, draw(engine, problems, tokenizer), recipe)
-    assert model.generation_config.repetition_penalty == 5.0
-    model.generation_config.repetition_penalty = None
-
-
-def test_the_wrong_temperature_is_caught(engine, problems, tokenizer):
-    recipe, model, sampler = engine
-    sampler.sync(model)
-    with pytest.raises(RunError, match="weight sync failed"):
-        check_sync(model, draw(engine, problems, tokenizer, temperature=1.0), recipe)
-
-
-def test_the_same_seed_gives_the_same_samples_and_leaves_the_trainers_generator_alone(engine, problems, tokenizer):
-    engine[2].sync(engine[1])
-    torch.manual_seed(3)
-    state = torch.get_rng_state()
-    one, two = draw(engine, problems, tokenizer, seed=11), draw(engine, problems, tokenizer, seed=11)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert one == two
-    other = draw(engine, problems, tokenizer, seed=12)
-    assert [r.completion_ids for r in other] != [r.completion_ids for r in one]
-
-
-def test_greedy_takes_the_most_likely_token(engine, problems, tokenizer):
-    _, model, sampler = engine
-    sampler.sync(model)
-    for r in draw(engine, problems, tokenizer, n=1, temperature=0.0):
-        ids = torch.tensor([[*r.prompt_ids, *r.completion_ids]])
-        model.set_attn_implementation("sdpa")
-        best = model(ids).logits[0, len(r.prompt_ids) - 1 : -1].topk(2).values
-        picked = model(ids).logits[0, len(r.prompt_ids) - 1 : -1].gather(-1, torch.tensor(r.completion_ids)[:, None])
-        model.set_attn_implementation("stepkto_packed")
-        assert (picked[:, 0] >= best[:, 0] - 1e-5).all()
-
-
-def test_completions_end_with_eos_or_at_the_limit(engine, problems, tokenizer):
-    engine[2].sync(engine[1])
-    rollouts = draw(engine, problems, tokenizer, n=20)
-    for r in rollouts:
-        assert 1 <= len(r.completion_ids) <= 24
-        assert r.finished == (r.completion_ids[-1] == tokenizer.eos_token_id)
-        assert tokenizer.eos_token_id not in r.completion_ids[:-1]
-        assert r.finished or len(r.completion_ids) == 24
-        assert len(r.logps) == len(r.completion_ids)
-        assert max(r.logps) <= 0
-    assert {r.finished for r in rollouts} == {True, False}
-
-
-def test_each_prompt_has_a_limit_of_its_own(engine, problems, tokenizer):
-    """Greedy completions are those of one large limit, cut; prompts and limits are in no order."""
-    _, model, sampler = engine
-    sampler.sync(model)
-    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:8]]
-    limits = [24, 3, 11, 1, 24, 7, 2, 16]
-    draw = {"n": 1, "temperature": 0.0, "seed": 0}
-    cut = sampler.sample(prompts, max_tokens=limits, **draw)
-    for (whole,), (part,), limit in zip(sampler.sample(prompts, max_tokens=24, **draw), cut, limits, strict=True):
-        assert part.token_ids == whole.token_ids[:limit]
-        assert part.finished == (whole.finished and len(whole.token_ids) <= limit)
-    seen = set()
-    sampled = sampler.sample(prompts, n=20, temperature=1.2, max_tokens=limits, seed=3)
-    for row, limit in zip(sampled, limits, strict=True):
-        assert len(row) == 20
-        for s in row:
-            assert 1 <= len(s.token_ids) == len(s.logps) <= limit
-            assert s.finished == (s.token_ids[-1] == tokenizer.eos_token_id)
-            assert s.finished or len(s.token_ids) == limit
-            seen.add((s.finished, len(s.token_ids) == limit))
-    assert seen == {(True, False), (True, True), (False, True)}
-
-
-def test_one_limit_for_all_is_the_same_as_one_for_each(engine, problems, tokenizer):
-    _, model, sampler = engine
-    sampler.sync(model)
-    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:6]]
-    draw = {"n": 2, "temperature": 1.0, "seed": 8}
-    assert sampler.sample(prompts, max_tokens=[9] * 6, **draw) == sampler.sample(prompts, max_tokens=9, **draw)
-
-
-@pytest.mark.parametrize(
-    ("limits", "message"),
-    [([5], "max_tokens has 1 entries for 2 prompts"), ([5, 0], r"max_tokens\[1\] is 0"), (0, r"max_tokens\[0\] is 0")],
-)
-def test_limits_that_cannot_be_kept_are_refused(engine, limits, message):
-    with pytest.raises(ValueError, match=message):
-        engine[2].sample([[5], [6]], n=1, temperature=1.0, max_tokens=limits, seed=0)
-
-
-def test_progress_counts_every_sample(engine, problems, tokenizer):
-    recipe, model, sampler = engine
-    sampler.sync(model)
-    task, seen = ArithmeticTask(recipe), []
-    asked, _ = ask(task, problems[:6], tokenizer, model, recipe)
-    sample_rollouts(
-        sampler, task, asked, tokenizer, recipe, n=3, temperature=0.8, seed=0, on_progress=lambda *x: seen.append(x)
-    )
-    assert seen[-1] == (18, 18)
-    assert seen == sorted(seen)
+class TestSamplersInThisProcess(SamplerContract):
+    pass
 
 
 def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
@@ -225,3 +77,16 @@ def test_a_missing_engine_is_named(model, tokenizer, monkeypatch):
     with pytest.raises(RunError, match="engine vllm is not installed: pip install"):
         open_sampler(Recipe(engine="vllm"), model, tokenizer, Path(), Path())
     assert open_sampler(Recipe(engine="auto"), model, tokenizer, Path(), Path()).name == "transformers"
+
+
+def test_ray_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="Ray is not installed: pip install"):
+        require_engine(Recipe(vllm_mode="ray"))
+    assert require_engine(Recipe(vllm_mode="server", vllm_server_url="http://h:1")) == "vllm"
+
+
+@pytest.mark.parametrize("mode", [{"vllm_mode": "ray"}, {"vllm_mode": "server", "vllm_server_url": "http://h:1"}])
+def test_adapters_alone_go_to_an_engine_in_this_process_only(mode):
+    with pytest.raises(RunError, match="lora_sync adapters wants vllm_mode colocate"):
+        require_engine(Recipe(lora_rank=4, lora_merge="end", lora_sync="adapters", **mode))

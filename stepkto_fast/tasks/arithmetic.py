@@ -21,9 +21,9 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 
 from ..errors import RunError
+from ..rows import local_path
 
 MODULUS = 10
 OPERATIONS: dict[str, Callable[[int, int], int]] = {
@@ -227,11 +227,15 @@ def read_problems(path: str) -> tuple[list[Problem], list[str]]:
     An optional `"answer"` must agree with the prompt's own value. Raises RunError when the file is missing or holds
     no usable row.
     """
-    if not Path(path).is_file():
+    if not local_path(path).is_file():
         raise RunError(f"problem file {path!r} does not exist: give a JSONL file with a 'prompt' in every line")
+    try:
+        lines = local_path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise RunError(f"problem file {path!r} cannot be read: {error.strerror}") from error
     found: list[Problem] = []
     complaints: list[str] = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

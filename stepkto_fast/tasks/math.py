@@ -14,7 +14,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import RunError
-from ..rows import Row, RowError, read_rows, text_column
+from ..rows import Row, RowError, column_names, local_path, read_rows, text_column
 from .gold import after_hashes, any_form, boxed, stated, worked_solution
 
 INSTRUCTION = 'Solve this in numbered steps, one a line ("Step 1: ..."), and put the final answer in \\boxed{}.'
@@ -123,7 +123,7 @@ def _schema(source: str, question_column: str | None, answer_column: str | None)
     known = {**{schema.path.lower(): schema for schema in KNOWN.values()}, **KNOWN}
     if source.lower() in known:
         return known[source.lower()]
-    if not Path(source).expanduser().exists() and not (question_column and answer_column):
+    if not local_path(source).exists() and not (question_column and answer_column):
         meant = difflib.get_close_matches(source.lower(), known, n=1)
         raise RunError(
             f"{source!r} is neither a file here nor a data set known by name ({', '.join(KNOWN)})"
@@ -186,7 +186,7 @@ def _require(source: str, schema: Schema, names: Sequence[str], columns: set[str
         known = schema.configs != (None,)
         remedy = "it is not what it was: give a local file" if known else f"set {key} to one of them"
         raise RunError(
-            f"{source!r} has no column {' or '.join(map(repr, names))}; it has {', '.join(sorted(columns))}: {remedy}"
+            f"{source!r} has no column {' or '.join(map(repr, names))}; it has {column_names(columns)}: {remedy}"
         )
 
 

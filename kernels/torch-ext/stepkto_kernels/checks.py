@@ -5,6 +5,7 @@ Legend of the names in this package's function bodies: N packed scored tokens, n
 size, V vocabulary, v a tile of it, B completions, S steps. `h_ND` has shape (N, D).
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INFINITY = float("inf")
+LARGEST = sys.float_info.max  # Python's integers go on beyond it
 
 
 def tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], *shape: tuple[str, int | None]) -> None:
@@ -58,8 +60,16 @@ def scalar(name: str, value: object, low: float = -INFINITY, low_allowed: bool =
     expected = "a finite number" if low == -INFINITY else f"a finite number {'>=' if low_allowed else '>'} {low:g}"
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {expected}")
-    if not (low < value < INFINITY or (low_allowed and value == low)):
+    if not (low < value <= LARGEST or (low_allowed and value == low)) or value < -LARGEST:
         raise ValueError(f"{name} is {value!r}; expected {expected}")
+
+
+def integer(name: str, value: object) -> None:
+    """An int that ops can take."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int of 64 bits")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} is {value!r}; expected an int of 64 bits")
 
 
 def choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -77,8 +77,7 @@ def check_logit_options(
     if softcap is not None:
         checks.scalar("softcap", softcap, low=0)
     checks.scalar("temperature", temperature, low=0)
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index is {ignore_index!r} ({type(ignore_index).__name__}); expected an int")
+    checks.integer("ignore_index", ignore_index)
     if isinstance(filter_eps, str):
         checks.choice("filter_eps", filter_eps, ("auto",))
         filter_eps = FILTER_EPS_16_BIT if hidden.dtype in (torch.bfloat16, torch.float16) else 0.0

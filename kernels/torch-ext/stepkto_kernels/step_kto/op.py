@@ -113,7 +113,7 @@ def reference_point(name: str, value: float | Tensor, loss_type: str, like: Tens
     checks.scalar(name, value)
     if loss_type == "apo_zero_unpaired" and value != 0:
         raise ValueError(f"{name} is {value!r}; expected 0, which loss_type='apo_zero_unpaired' fixes it at")
-    return torch.full((), value, dtype=dtype, device=like.device)
+    return torch.full((), float(value), dtype=dtype, device=like.device)
 
 
 def global_count(name: str, value: int | Tensor | None, like: Tensor) -> Tensor | None:
@@ -124,7 +124,7 @@ def global_count(name: str, value: int | Tensor | None, like: Tensor) -> Tensor 
         return scalar_tensor(name, value, dtypes, like).to(like.device, torch.float64, non_blocking=True)
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected an int >= 0, a 0-d tensor or None")
-    if value < 0:
+    if not 0 <= value < 2**63:
         raise ValueError(f"{name} is {value!r}; expected an int >= 0, a 0-d tensor or None")
     return torch.full((), value, dtype=torch.float64, device=like.device)
 
