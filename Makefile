@@ -52,11 +52,12 @@ test-fast: $(STAMP)
 
 # What is too long for the tests: runs that are killed at random moments until they end, then each fuzzer for
 # SOAK_MINUTES; all of them have their turn, whatever the others find.
-SOAK_RUNS ?= 20
+SOAK_KILLS ?= 20
 SOAK_MINUTES ?= 10
 soak: $(STAMP)
 	failed=0; \
-	$(BIN)/python tests/soak/kill.py $(SOAK_RUNS) || failed=1; \
+	$(BIN)/python tests/soak/kill.py $(SOAK_KILLS) || failed=1; \
+	$(BIN)/python tests/soak/faults.py || failed=1; \
 	for fuzzer in tests/soak/fuzz_*.py; do $(BIN)/python $$fuzzer $(SOAK_MINUTES) || failed=1; done; \
 	exit $$failed
 

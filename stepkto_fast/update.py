@@ -58,6 +58,7 @@ def update(
             schedule.step()
     tokens = min(recipe.max_tokens_per_micro_batch, progress.fitting_tokens or recipe.max_tokens_per_micro_batch)
     budget = TokenBudget(tokens, longest=max(map(len, rollouts)))
+    warned = False
     policy.train()
     with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
         for batch in batches[progress.step :]:
@@ -79,7 +80,9 @@ def update(
             norm = clip_gradients(trained, recipe.max_grad_norm)
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
                 stop_on_nonfinite(policy, result, norm, batch, recipe, weights, points, run, progress)
-            act(watch_step(result, batch, recipe), recipe, recorder.say)
+            if not warned and (warnings_found := watch_step(result, batch, recipe)):
+                act(warnings_found, recipe, recorder.say)
+                warned = True  # once an update: what is too far stays so
             rate = schedule.get_last_lr()[0]
             optimizer.step()
             schedule.step()

@@ -5,7 +5,6 @@ usage that --help asks for; nothing else.
 import contextlib
 import io
 import sys
-import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from stepkto_fast.errors import RunError
 from stepkto_fast.hardware import Rates
 from stepkto_fast.recipe import Recipe, parse_recipe, parse_settings, write_recipe
 
-FOLDER = Path(tempfile.mkdtemp(prefix="recipes-", dir="."))
+FOLDER = Path()  # each part of a fuzzer has a working directory of its own
 KEYS = [f.name for f in fields(Recipe)]
 RATES = [f.name for f in fields(Rates)]
 CHOICES = [

@@ -5,7 +5,6 @@ at most a RunError. What comes out can be tokenised, and its steps partition it.
 import gzip
 import json
 import sys
-import tempfile
 from pathlib import Path
 
 import fuzzing
@@ -24,7 +23,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
-FOLDER = Path(tempfile.mkdtemp(prefix="rows-", dir="."))
+FOLDER = Path()  # each part of a fuzzer has a working directory of its own
 SAID = [
     "What is 1 + 1?", "Step 1: 1 + 1 = 2 ки\nStep 2: \\boxed{2} ки", "Step 1: 1 + 1 = 2 +\nStep 2: \\boxed{2} -",
     "so 2", "\\boxed{2}", "\\boxed{", "#### 2", "####", "2", "1e400", "-0.0", "solution", "found_error",

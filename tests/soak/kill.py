@@ -1,6 +1,6 @@
 """Kills runs of the smoke recipe at random moments until they end, and holds each against an undisturbed one.
 
-    python tests/soak/kill.py [RUNS] [--seed N] [--out FILE.json] [--key value ...]
+    python tests/soak/kill.py [KILLS] [--seed N] [--out FILE.json] [--key value ...]
 
 Other options go to the runs. Prints a table of the kills; --out stores them as JSON, after each run. The exit code is
 1 when a run did not end, or ended otherwise than the undisturbed one.
@@ -28,7 +28,7 @@ KILLS = 8  # of a run, after which it may end
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="?", type=int, default=20)
+    parser.add_argument("kills", nargs="?", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     settings, options = parser.parse_known_args(argv)
@@ -40,8 +40,10 @@ def main(argv: list[str]) -> int:
             console.print(undisturbed.log, markup=False)
             return 1
         console.print(f"undisturbed: {undisturbed.seconds:.0f} s")
-        found = []
-        for number in range(settings.runs):
+        found: list[dict[str, list]] = []
+        # A run whose moment never comes, since it ended before, counts for nothing.
+        while sum(len(run["kills"]) for run in found) < settings.kills:
+            number = len(found)
             found.append(killed(runner, options, Path(folder) / f"run_{number}", whole, undisturbed.seconds, rng))
             kills = ", ".join(f"{kill['phase']} {kill['second']:.1f} s" for kill in found[-1]["kills"])
             end = ", ".join(found[-1]["differences"]) or "the same"
