@@ -99,6 +99,11 @@ def _attach(policy: PreTrainedModel, recipe: Recipe, seed: int) -> "PeftModel":
             raise RunError(f"lora_target {target!r}: {error}") from error
 
 
+def count_parameters(policy: PreTrainedModel) -> int:
+    """Parameters of the policy without its adapters."""
+    return sum(p.numel() for p in policy.parameters()) - sum(p.numel() for p in _adapter_parameters(policy).values())
+
+
 # ---- the policy without its adapters ----
 
 

@@ -6,16 +6,13 @@ iteration reads; a run that is killed loses one of them at most. The step to M_{
 
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedModel
 
 from .collect import sample_ahead
-from .errors import RunError
-from .sampler import Sample
 from .sampling_shards import SHARDS, weights_digest
 from .setup_run import Session, derived_seed
 
@@ -28,29 +25,6 @@ def staleness(s: Session, iteration: int) -> int:
 def rollout_shards(s: Session, iteration: int) -> Path:
     """Where the shards of an iteration's rollouts lie."""
     return s.run.rollouts / SHARDS / f"iteration_{iteration}" / "rollouts"
-
-
-class SampledAhead:
-    """In the place of the engine where all shards are there already: it holds newer weights than those they are of."""
-
-    def __init__(self, s: Session):
-        self.name, self._s = s.sampler.name, s
-
-    def sample(self, prompts: Sequence[list[int]], **settings: Any) -> list[list[Sample]]:
-        t = self._s.progress.iteration
-        raise RunError(
-            f"rollouts of M_{t - 1} that were sampled ahead are damaged or gone from {rollout_shards(self._s, t)}, and "
-            f"the engine holds M_{t}: delete {self._s.run.policy_of(t)} and continue with --resume true, from before"
-        )
-
-    def sync(self, model: PreTrainedModel) -> None:
-        raise NotImplementedError
-
-    def sleep(self) -> None:
-        raise NotImplementedError
-
-    def close(self) -> None:
-        raise NotImplementedError
 
 
 @contextmanager

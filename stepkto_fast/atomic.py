@@ -189,9 +189,14 @@ def read_manifest(folder: Path) -> dict | None:
         content = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    if not isinstance(content, dict) or not all(isinstance(content.get(key), dict) for key in ("files", "needs")):
+    parts = [content.get(key) for key in ("files", "needs")] if isinstance(content, dict) else [None]
+    if not all(isinstance(part, dict) and all(_is_fingerprint(x) for x in part.values()) for part in parts):
         raise ValueError(f"{MANIFEST} is not a manifest")
     return content
+
+
+def _is_fingerprint(found: object) -> bool:
+    return isinstance(found, dict) and set(found) == {"bytes", "crc32"}
 
 
 def damage(folder: Path, part: str = "files") -> list[tuple[Path, str]]:

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import ranks
-from .adapters import add_adapters, require_adapters
+from .adapters import add_adapters, count_parameters, require_adapters
 from .command import open_device, say_complaints
 from .errors import RunError
 from .labelled import labelled_rollouts, read_labelled
@@ -60,7 +60,7 @@ def train_offline(recipe: Recipe) -> dict:
         run.save_policy(model, tokenizer, progress)
     del model
     policy, _ = open_policy(run, progress, recipe, device)
-    recipe = resolved(recipe, policy, device, recorder.say)
+    recipe = resolved(recipe, policy, device, progress, recorder.say)
     training, held_out = (run.rollouts / "iteration_0.parquet", run.rollouts / "held_out.parquet")
     if progress.iteration == 0 and progress.step == 0:
         with recorder.phase("reference", f"reference log-probs of {len(rollouts)} completions"):
@@ -164,7 +164,7 @@ def _finish(
         "iterations": progress.records,
         "seed": recipe.seed,
         "phase_seconds": progress.seconds,
-        "model_parameters": sum(p.numel() for p in policy.parameters()),
+        "model_parameters": count_parameters(policy),
         "held_out_completions": progress.records[0]["held_out_completions"],
         "held_out_right": progress.records[0]["held_out_right"],
         "label_source": recipe.label_source,

@@ -7,8 +7,9 @@ import torch
 from transformers import PreTrainedModel
 
 from . import ranks
-from .adapters import WithoutAdapters
-from .ahead import SampledAhead, rollout_shards, staleness
+from .adapters import WithoutAdapters, count_parameters
+from .ahead import rollout_shards, staleness
+from .checkpoint import has_adapters
 from .collect import check_sync, has_text, sample_rollouts, usable
 from .errors import RunError
 from .evaluation import audit_head, evaluate
@@ -52,12 +53,17 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM | None, path: Path) ->
     t, recipe = s.progress.iteration, s.recipe
     asked, weights, stale = s.train[t], weights_digest(policy), staleness(s, t)
     text = f"sampling {recipe.num_generations} completions of {len(asked)} prompts from M_{t - stale}"
+    generator = policy if not stale else open_frozen(s.run, t - stale, recipe, policy.device)
+    if stale:  # what was sampled ahead is there already; what is damaged or gone is sampled again
+        s.sampler.sync(generator)
     with s.recorder.bar("rollout", text) as advance:
         sampled = sample_rollouts(
-            SampledAhead(s) if stale else s.sampler, s.task, asked, s.tokenizer, recipe, n=recipe.num_generations,
-            temperature=recipe.temperature, seed=derived_seed(recipe, "rollout", t), on_progress=advance,
+            s.sampler, s.task, asked, s.tokenizer, recipe, n=recipe.num_generations, temperature=recipe.temperature,
+            seed=derived_seed(recipe, "rollout", t), on_progress=advance,
             folder=rollout_shards(s, t), weights=s.progress.ahead if stale else weights, say=s.recorder.say,
         )  # fmt: skip
+    if stale:
+        s.sampler.sync(policy)
     s.progress.add("tokens", "rollout", sum(len(r.completion_ids) for r in sampled))
     rollouts = usable(sampled)
     unverified = sum(not r.verified for r in sampled)
@@ -79,7 +85,7 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM | None, path: Path) ->
     if agreement:
         s.progress.records[-1]["step_label_agreement"] = agreement
     with s.recorder.phase("reference", "reference log-probs"):
-        own, difference = check_sync(_generator(s, policy, t - stale), rollouts, recipe)
+        own, difference = check_sync(generator, rollouts, recipe)
         reference = own if recipe.reference == "previous" else log_probs(s.initial, rollouts, recipe)
         for r, logp in zip(rollouts, reference, strict=True):
             r.ref_logps = logp.tolist()
@@ -113,26 +119,21 @@ def _rollout_metrics(s: Session, rollouts: list[Rollout], prm: PRM | None) -> di
     return metrics
 
 
-def _generator(s: Session, policy: PreTrainedModel, iteration: int) -> PreTrainedModel:
-    """M_iteration: the policy, or an older one from its checkpoint."""
-    if iteration == s.progress.iteration:
-        return policy
-    return open_frozen(s.run, iteration, s.recipe, policy.device)
-
-
 def reference_model(s: Session, policy: PreTrainedModel) -> PreTrainedModel | None:
     """The reference as a model, where the reference points need more of it than its log-probs."""
     if s.recipe.reference_points not in ("exact", "mismatched"):
         return None
     if s.recipe.reference == "initial":
         return s.initial
+    if stale := staleness(s, s.progress.iteration):
+        return open_frozen(s.run, s.progress.iteration - stale, s.recipe, policy.device)
     # Adapters of one iteration have just come: without them the policy is M_t.
     return WithoutAdapters(policy) if s.recipe.lora_rank and s.recipe.lora_merge == "iteration" else frozen(policy)
 
 
 def _with_whole_trunk(s: Session, policy: PreTrainedModel, prm: PRM | None) -> PRM | None:
-    """The PRM as rank 0 alone can write it: where its trunk is sharded, with the one of a checkpoint."""
-    if prm is None or not is_sharded(policy) or not ranks.is_main():
+    """The PRM as rank 0 alone can write it: where its trunk is sharded or adapted, with the one of a checkpoint."""
+    if prm is None or not (is_sharded(policy) or has_adapters(policy)) or not ranks.is_main():
         return prm
     for trunk, iteration in ((s.initial, 0), (policy, s.progress.iteration)):
         if prm.trunk is trunk:
@@ -155,7 +156,7 @@ def finish(s: Session, policy: PreTrainedModel, prm: PRM | None) -> dict:
         "iterations": s.progress.records,
         "seed": s.recipe.seed,
         "phase_seconds": seconds,
-        "model_parameters": sum(p.numel() for p in policy.parameters()),
+        "model_parameters": count_parameters(policy),
         "held_out_problems": len(s.test),
         "task": s.task.name,
         "label_source": s.recipe.label_source,

@@ -87,6 +87,7 @@ class AsItIs(View):
                 kept.copy_(now)
             else:
                 parameter.data, kept.data = kept.data, parameter.data
+        torch.clear_autocast_cache()  # its casts are kept by parameter, whatever memory that has now
 
     def get_output_embeddings(self) -> Any:
         output = self._policy.get_output_embeddings()

@@ -92,6 +92,10 @@ class Recipe:
     )
     vllm_sleep: bool = setting(False, "free vLLM's memory while the trainer works (vllm_mode: colocate, on a GPU)")
     vllm_server_url: str | None = setting(None, "http://host:port of `vllm serve` (vllm_mode: server)")
+    vllm_sync: Literal["reload", "nccl"] = setting(
+        "reload",
+        "how weights reach the server: by a folder that both hosts see, or from GPU to GPU (vllm_mode: server)",
+    )
     vllm_timeout: float = setting(600.0, "seconds after which an engine that does not answer has failed")
     ray_address: str | None = setting(None, "Ray cluster to join; none: one on this machine (vllm_mode: ray)")
     ray_engines: int = setting(2, "vLLM engines under Ray")
@@ -292,8 +296,28 @@ class Recipe:
                 f"vllm_mode is {self.vllm_mode!r} and vllm_server_url {self.vllm_server_url!r}: a server takes both, "
                 "vllm_mode server and its address"
             )
+        if self.vllm_sync == "nccl" and self.vllm_mode != "server":
+            raise RunError(f"vllm_sync nccl sends weights to a server, and vllm_mode is {self.vllm_mode!r}: set server")
         if self.vllm_mode != "colocate" and self.engine == "transformers":
             raise RunError(f"vllm_mode {self.vllm_mode} is vLLM's, and engine is transformers: drop one of the two")
+        if not self.lora_rank and (self.lora_train_head or self.lora_merge == "end"):
+            raise RunError(
+                f"lora_train_head is {self.lora_train_head} and lora_merge {self.lora_merge!r}, and lora_rank 0 trains "
+                "all weights: set lora_rank, or leave the other two as they are by default"
+            )
+        if self.lora_merge == "end" and self.prm_trunk == "trained":
+            raise RunError("prm_trunk trained copies a policy whose adapters live through the run: set it to initial")
+        if self.ray_address is not None and self.vllm_mode != "ray":
+            raise RunError(f"ray_address {self.ray_address!r} is for vllm_mode ray, not {self.vllm_mode}")
+        if self.lora_sync == "adapters" and self.max_staleness:
+            raise RunError(
+                "lora_sync adapters cannot bring back older weights: set it to merged, or max_staleness to 0"
+            )
+        if self.label_source == "dataset" and (self.max_staleness or self.importance_correction != "none"):
+            raise RunError(
+                "label_source dataset trains on completions that no engine sampled: set max_staleness to 0 and "
+                "importance_correction to none"
+            )
         if self.lora_sync == "adapters" and not (self.lora_rank and self.lora_merge == "end"):
             raise RunError("lora_sync adapters hands one set of adapters to vLLM: set lora_rank, and lora_merge to end")
         if self.lora_sync == "adapters" and self.lora_train_head:

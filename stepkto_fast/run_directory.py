@@ -68,7 +68,8 @@ T = TypeVar("T")
 FREE_ON_RESUME = {
     "resume", "overwrite", "output_dir", "report_to", "logging_steps", "save_steps", "name", "learning_rate",
     "max_grad_norm", "max_tokens_per_micro_batch", "gradient_checkpointing", "vllm_memory", "vllm_sleep",
-    "vllm_timeout", "vllm_server_url", "ray_address", "distributed_timeout", "watch", "watch_log_ratio", "watch_kl",
+    "vllm_timeout", "vllm_server_url", "vllm_sync", "ray_address", "distributed_timeout", "watch", "watch_log_ratio",
+    "watch_kl",
 }  # fmt: skip
 # Settings that may name a path.
 INPUTS = ["model", "train_dataset", "test_dataset", "labelled_dataset", "prm", "prm_dataset"]
@@ -88,7 +89,8 @@ class Progress:
     seconds: dict[str, float] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
-    fitting_tokens: int = 0  # of a micro-batch, where memory ran out with more
+    fitting_tokens: int = 0  # of a micro-batch: what the recipe says, or the planner, or half of it that fitted
+    fitting_tokens_of: str = ""  # what that depends on
     seconds_beside: float = 0.0  # of sampling while an update ran
     ahead: str = ""  # digest of the weights that the next iteration's rollouts are sampled from (`max_staleness: 1`)
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from . import ranks
 from .errors import RunError
 from .recipe import Recipe, needs_seed
 
@@ -75,6 +77,11 @@ def require_engine(recipe: Recipe) -> str:
     """The name of the engine that will sample, vllm or transformers; RunError when it is not installed."""
     if recipe.vllm_mode != "colocate" and recipe.lora_sync == "adapters":
         raise RunError(f"lora_sync adapters wants vllm_mode colocate, not {recipe.vllm_mode}: set lora_sync to merged")
+    if recipe.vllm_sync == "nccl":
+        if recipe.device == "cpu" or not torch.cuda.is_available():
+            raise RunError("vllm_sync nccl sends weights from GPU to GPU, and there is none here: set it to reload")
+        if importlib.util.find_spec("vllm") is None:
+            raise RunError("vllm_sync nccl wants vLLM here, too: pip install 'stepkto-fast[vllm]', or set it to reload")
     if recipe.vllm_mode == "server":
         return "vllm"
     if recipe.vllm_mode == "ray":
@@ -117,6 +124,9 @@ def open_sampler(
     try:
         with _output_to(log):
             if recipe.vllm_mode == "ray":
+                if recipe.ray_address is None and not ranks.is_main():
+                    # The Ray that rank 0 starts asks for its token; Ray reads this when it is imported.
+                    os.environ.setdefault("RAY_AUTH_MODE", "token")
                 from .sampler_ray import RaySampler
 
                 return RaySampler(

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from .adapters import merged_state
 from .errors import RunError
 from .recipe import Recipe
 from .sampler import Sample, no_progress, spread_seed, token_limits
+from .watchdog import watchdog
 from .weight_parts import parts
 
 STORE_BYTES = 1 << 28  # of the object store of a Ray on this machine, besides what the weights take
@@ -82,9 +84,10 @@ class RaySampler:
             raise RunError(f"ray_engines is {recipe.ray_engines} for {ranks.size()} ranks: give at least one a rank")
         self._recipe, self._engines = recipe, []
         self._joined = not ray.is_initialized()
-        namespace, address = ranks.from_main(lambda: _join(recipe, weight_bytes))
-        if not ray.is_initialized():
-            ray.init(address, namespace=namespace, log_to_driver=False)
+        namespace = ranks.from_main(lambda: f"stepkto_fast-{uuid.uuid4().hex}")
+        address = ranks.from_main(lambda: _join(recipe, namespace, weight_bytes))
+        if not ranks.is_main():
+            _join(replace(recipe, ray_address=address), namespace, weight_bytes)
         names = [f"engine_{k}" for k in range(recipe.ray_engines)]
         if ranks.is_main():
             actor: Any = ray.remote(concurrency_groups={"watch": 1})(Engine)  # type: ignore[call-overload]  # documented, but not in its overloads
@@ -204,28 +207,29 @@ class RaySampler:
         self._engines = []
 
 
-def _join(recipe: Recipe, weight_bytes: int) -> tuple[str, str]:
-    """Joins or starts Ray where this process has not; a namespace for this run's engines, and Ray's address."""
-    namespace = f"stepkto_fast-{uuid.uuid4().hex}"
+def _join(recipe: Recipe, namespace: str, weight_bytes: int) -> str:
+    """Joins or starts Ray where this process has not; returns Ray's address. `namespace` is for this run's engines."""
     # Left to itself a Ray on this machine starts a process for every core and takes a third of the memory.
     alone: dict[str, Any] = {
         "num_cpus": recipe.ray_engines,
         "object_store_memory": STORE_BYTES + 2 * weight_bytes,
         "include_dashboard": False,
-        "_node_ip_address": "127.0.0.1",
     }
     try:
         if not ray.is_initialized():
-            ray.init(
-                recipe.ray_address or "local", namespace=namespace, log_to_driver=False,
-                **({} if recipe.ray_address else alone),
-            )  # fmt: skip
+            # Ray itself waits for minutes where nobody answers.
+            with watchdog(recipe.vllm_timeout, f"Ray, while joining {recipe.ray_address or 'one of this machine'}"):
+                ray.init(
+                    recipe.ray_address or "local", namespace=namespace, log_to_driver=False,
+                    **({} if recipe.ray_address else alone),
+                )  # fmt: skip
     except (RayError, ConnectionError, RuntimeError, ValueError, OSError) as error:
         raise RunError(
             f"Ray does not start or answer ({_reason(error)}): ray_address is {recipe.ray_address!r}; give what "
-            "`ray start --head` prints, or none for a Ray on this machine"
+            "`ray start --head` prints, or none for a Ray on this machine. A cluster that asks for a token wants "
+            "RAY_AUTH_MODE=token in the environment, and its token in ~/.ray/auth_token"
         ) from error
-    return namespace, ray.get_runtime_context().gcs_address
+    return ray.get_runtime_context().gcs_address
 
 
 def _reason(error: BaseException) -> str:

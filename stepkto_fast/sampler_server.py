@@ -1,8 +1,9 @@
-"""Rollouts by a vLLM server, on this host or another: sampling by its completions API, weights through a directory.
+"""Rollouts by a vLLM server, on this host or another: sampling by its completions API, weights by one of two ways.
 
-`sync` writes the policy's weights as safetensors where trainer and server both see them and has the server load them.
-Each sync gives the server's weights a version of their own, which is asked for after every call: samples of a server
-that was restarted, or that another run has handed its weights to, are never used.
+`sync` writes the policy's weights as safetensors where trainer and server both see them and has the server load them,
+or sends them from GPU to GPU (`vllm_sync: nccl`). Each sync gives the server's weights a version of their own, which is
+asked for after every call: samples of a server that was restarted, or that another run has handed its weights to, are
+never used.
 """
 
 import json
@@ -53,6 +54,7 @@ class ServerSampler:
         self._recipe, self._eos, self._vocabulary = recipe, eos_token_id, vocabulary
         self._server = VLLMServer(recipe.vllm_server_url, recipe.vllm_timeout)
         self._weights, self._version = weights.resolve(), ""
+        self._transfer: Any = None
         command = serve_command(self._server, recipe, directory, context_length, prefix_caching=prefix_caching)
         try:
             self._model = self._check(context_length)
@@ -60,12 +62,17 @@ class ServerSampler:
             raise RunError(f"{error}. The command for this run:\n  {command}") from error
         if ranks.is_main():
             shutil.rmtree(self._weights, ignore_errors=True)  # what a killed run left
+        if recipe.vllm_sync == "nccl":
+            from .weight_transfer import NCCLTransfer
+
+            self._transfer = NCCLTransfer(self._server, recipe.vllm_timeout)
 
     def _check(self, context_length: int) -> str:
         """The name under which the model is served."""
         url = self._server.url
         try:
-            settings = self._server.get("/server_info?config_format=json")["vllm_config"]["model_config"]
+            everything = self._server.get("/server_info?config_format=json")["vllm_config"]
+            settings, transfer = everything["model_config"], everything["weight_transfer_config"] or {}
             served = self._server.get("/v1/models")["data"][0]["id"]
             head = (settings["hf_overrides"] or {}).get("head_dtype")
             found = {
@@ -73,6 +80,7 @@ class ServerSampler:
                 "--dtype": str(settings["dtype"]).removeprefix("torch."),
                 "--hf-overrides": json.dumps({"head_dtype": head}),
                 "--generation-config": settings["generation_config"],
+                "--weight-transfer-config": json.dumps({"backend": transfer.get("backend")}),
                 "--skip-tokenizer-init": settings["skip_tokenizer_init"],
             }
             length = int(settings["max_model_len"])
@@ -112,17 +120,13 @@ class ServerSampler:
         Raises RunError where the server cannot load them, or then gives other log-probs than the trainer.
         """
         self._version = ranks.from_main(lambda: uuid.uuid4().hex)
-        folder = self._weights / self._version
-        named, failed = merged_state(model), None
-        if ranks.is_main():
-            failed = _write(named, folder)
+        # From here on another run's samples of this server are refused, whatever becomes of this sync.
+        ranks.from_main(lambda: self._mark(f"{self._version}, on its way"))
+        if self._transfer is None:
+            self._reload(model)
         else:
-            deque(named, maxlen=0)  # to its end: every tensor is a collective
-        try:
-            probe = ranks.from_main(lambda: self._reload(folder, failed))
-        finally:
-            if ranks.is_main():
-                shutil.rmtree(folder, ignore_errors=True)
+            self._transfer.send(model)
+        probe = ranks.from_main(self._probe)
         own = log_probs(model, [probe], self._recipe)[0]
         difference = float((own - torch.tensor(probe.logps)).abs().max())
         if not difference <= sync_tolerance(self._recipe):  # a nan fails, too
@@ -132,8 +136,21 @@ class ServerSampler:
                 "It serves a model of another kind or precision: start it on this run's own model"
             )
 
-    def _reload(self, folder: Path, failed: RunError | None) -> Rollout:
-        """Has the server load the weights in `folder`; returns what it samples then. Raises `failed`, if any."""
+    def _reload(self, model: PreTrainedModel) -> None:
+        """Has the server load the policy's weights from a folder. A collective under torchrun."""
+        folder = self._weights / self._version
+        named, failed = merged_state(model), None
+        if ranks.is_main():
+            failed = _write(named, folder)
+        else:
+            deque(named, maxlen=0)  # to its end: every tensor is a collective
+        try:
+            ranks.from_main(lambda: self._load(folder, failed))
+        finally:
+            if ranks.is_main():
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _load(self, folder: Path, failed: RunError | None) -> None:
         if failed is not None:
             raise failed
         try:
@@ -142,12 +159,18 @@ class ServerSampler:
             raise RunError(
                 f"{error}. It was to load the weights in {folder}: both hosts must see output_dir under one path"
             ) from error
+
+    def _mark(self, version: str) -> None:
+        self._server.post("/update_weight_version", {"new_version": version})
+
+    def _probe(self) -> Rollout:
+        """Marks what the server holds now as this sync's weights; returns what it samples with them."""
         if self._server.post("/reset_prefix_cache") != {"success": True}:
             raise RunError(
                 f"the vLLM server {self._server.url} did not reset its prefix cache: somebody else's requests are "
                 "running. A run needs a server of its own"
             )
-        self._server.post("/update_weight_version", {"new_version": self._version})
+        self._mark(self._version)
         prompt = [k * (self._vocabulary - 1) // PROBE_TOKENS for k in range(PROBE_TOKENS)]
         [[s]] = self.sample([prompt], n=1, temperature=self._recipe.temperature, max_tokens=PROBE_TOKENS, seed=0)
         return Rollout(0, 0, "", prompt, "", s.token_ids, s.logps, s.finished, step_ends=[len(s.token_ids)])
@@ -198,7 +221,9 @@ class ServerSampler:
         """Nothing: the server has memory of its own."""
 
     def close(self) -> None:
-        """Deletes the folder for weights; who started the server stops it."""
+        """Deletes the folder for weights, or leaves the server's NCCL group; who started the server stops it."""
+        if self._transfer is not None:
+            self._transfer.close()
         if ranks.is_main():
             shutil.rmtree(self._weights, ignore_errors=True)
 
@@ -216,12 +241,13 @@ def serve_command(
 
 
 def _options(recipe: Recipe) -> dict[str, str]:
-    """What the samples' log-probs depend on."""
+    """What the samples' log-probs depend on, and what the sync wants."""
     return {
         "--dtype": "bfloat16" if recipe.bf16 else "float32",
         "--hf-overrides": json.dumps({"head_dtype": "float32"}),  # the trainer never rounds logits to 16 bits either
         "--logprobs-mode": "processed_logprobs",
         "--generation-config": "vllm",  # none of the model's own sampling defaults
+        **({"--weight-transfer-config": json.dumps({"backend": "nccl"})} if recipe.vllm_sync == "nccl" else {}),
     }
 
 

@@ -86,23 +86,24 @@ class VLLMSampler:
             settings["distributed_executor_backend"] = "external_launcher"
             # An engine that ends would end the process group, which is not its own.
             vllm.v1.engine.core.cleanup_dist_env_and_memory = lambda: None
-        self._llm: Any = vllm.LLM(
-            model=str(directory),
-            max_model_len=context_length,
-            dtype="bfloat16" if recipe.bf16 else "float32",
-            hf_overrides={"head_dtype": "float32"},  # the trainer never rounds logits to 16 bits either
-            seed=recipe.seed,
-            skip_tokenizer_init=True,
-            trust_remote_code=False,
-            enforce_eager=True,
-            enable_prefix_caching=prefix_caching,
-            # On a CPU vLLM caches blocks of 128 tokens if not told otherwise: longer than most prompts and steps.
-            block_size=32 if prefix_caching and not cuda else None,
-            logprobs_mode="processed_logprobs",
-            gpu_memory_utilization=recipe.vllm_memory,
-            disable_log_stats=True,
-            **settings,
-        )
+        with watchdog(recipe.vllm_timeout, "vLLM, while it starts", log):
+            self._llm: Any = vllm.LLM(
+                model=str(directory),
+                max_model_len=context_length,
+                dtype="bfloat16" if recipe.bf16 else "float32",
+                hf_overrides={"head_dtype": "float32"},  # the trainer never rounds logits to 16 bits either
+                seed=recipe.seed,
+                skip_tokenizer_init=True,
+                trust_remote_code=False,
+                enforce_eager=True,
+                enable_prefix_caching=prefix_caching,
+                # On a CPU vLLM caches blocks of 128 tokens if not told otherwise: longer than most prompts and steps.
+                block_size=32 if prefix_caching and not cuda else None,
+                logprobs_mode="processed_logprobs",
+                gpu_memory_utilization=recipe.vllm_memory,
+                disable_log_stats=True,
+                **settings,
+            )
         torch.set_num_threads = set_threads  # on a CPU vLLM puts a function in its place that does nothing
         torch.set_num_threads(threads)
 
@@ -116,18 +117,18 @@ class VLLMSampler:
             return
         folder = tempfile.TemporaryDirectory(prefix="stepkto_fast-adapters-")
         save_adapters(model, Path(folder.name))
-        self._fill(lambda: self._load_adapters(folder))
+        self._fill(lambda alive: self._load_adapters(folder))
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Hands over weights by the plain model's names, one at a time. Wakes the engine."""
-        self._fill(lambda: self._load_weights(weights))
+        self._fill(lambda alive: self._load_weights(_each_reported(weights, alive)))
 
-    def _fill(self, write: Callable[[], None]) -> None:
-        with self._engine("while taking the policy's weights"):
+    def _fill(self, write: Callable[[Callable[[], None]], None]) -> None:
+        with self._engine("while taking the policy's weights") as alive:
             # Weights are written into memory that is there, and caches get theirs only then: both at once may not fit.
             if self._asleep:
                 self._llm.wake_up(tags=["weights"])
-            write()
+            write(alive)
             self._llm.reset_prefix_cache()
             if self._asleep:
                 self._llm.wake_up(tags=["kv_cache"])
@@ -169,7 +170,8 @@ class VLLMSampler:
         if self._adapters is not None:
             self._adapters.cleanup()
         if self._llm is not None:
-            self._llm.llm_engine.engine_core.shutdown()
+            with watchdog(self._recipe.vllm_timeout, "vLLM, while it ends", self._log):
+                self._llm.llm_engine.engine_core.shutdown()
             self._llm = None
 
     @contextlib.contextmanager
@@ -240,6 +242,13 @@ class VLLMSampler:
             ]
             for output in outputs
         ]
+
+
+def _each_reported(weights: Iterable[tuple[str, Tensor]], alive: Callable[[], None]) -> Iterator[tuple[str, Tensor]]:
+    """The same weights; calls `alive` with each."""
+    for named in weights:
+        alive()
+        yield named
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from .recipe import Recipe
 RECIPE = Recipe(
     task="math", num_prompts=2000, num_generations=8, train_batch_size=128, context_length=2560,
     max_completion_length=2048, max_tokens_per_micro_batch=16384, gradient_checkpointing=True, bf16=True,
-    vllm_memory=0.4, vllm_sleep=True, label_source="monte_carlo", lora_merge="end",
+    vllm_memory=0.4, vllm_sleep=True, label_source="monte_carlo",
 )  # fmt: skip
 MODELS: tuple[tuple[str, str, dict], ...] = (
     ("Llama-3.1-8B", "all", {"model": "meta-llama/Llama-3.1-8B-Instruct"}),
-    ("Llama-3.1-8B", "LoRA 16", {"model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 16}),
+    ("Llama-3.1-8B", "LoRA 16", {"model": "meta-llama/Llama-3.1-8B-Instruct", "lora_rank": 16, "lora_merge": "end"}),
     ("Qwen2.5-1.5B", "all", {"model": "Qwen/Qwen2.5-1.5B-Instruct"}),
 )
 Device = Literal["h100", "h200"]

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from . import ranks
-from .adapters import WithoutAdapters, attach_adapters, require_adapters
+from .adapters import WithoutAdapters, attach_adapters, count_parameters, require_adapters
 from .checkpointing import checkpoint_activations
 from .collect import Asked, ask
 from .command import open_device, say_complaints
@@ -118,10 +118,10 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     train = [asked("training", wanted) for wanted in problems.train]
     with recorder.phase("engine", "starting the sampler"):
         sampler = open_sampler(recipe, policy, tokenizer, run.policy_of(0), run.path / "engine.log")
-    recipe = resolved(recipe, policy, device, recorder.say)
+    recipe = resolved(recipe, policy, device, progress, recorder.say)
     at = f"M_{progress.iteration}" + (f" (update step {progress.step})" if progress.step else "")
     recorder.say(
-        f"{recipe.name}: {sum(p.numel() for p in policy.parameters()) / 1e6:.2f} M parameters on {device}, sampled by "
+        f"{recipe.name}: {count_parameters(policy) / 1e6:.2f} M parameters on {device}, sampled by "
         f"{sampler.name}, from {at} to M_{recipe.iterations}, in {run.path}"
     )
     return Session(
@@ -160,13 +160,19 @@ def _loading_place(device: torch.device) -> torch.device:
     return device if ranks.size() == 1 else torch.device("cpu")
 
 
-def resolved(recipe: Recipe, policy: PreTrainedModel, device: torch.device, say: Callable[[str], None]) -> Recipe:
-    """The recipe with a number in the place of `max_tokens_per_micro_batch: 0`, once all models are in memory."""
-    if recipe.max_tokens_per_micro_batch:
-        return recipe
-    tokens = automatic_budget(recipe, policy, device)
-    say(f"micro-batches of {tokens:,} tokens: as many as fit")
-    return replace(recipe, max_tokens_per_micro_batch=tokens)
+def resolved(
+    recipe: Recipe, policy: PreTrainedModel, device: torch.device, progress: Progress, say: Callable[[str], None]
+) -> Recipe:
+    """The recipe with the micro-batches that fit: the planner's for `max_tokens_per_micro_batch: 0`, once all models
+    are in memory, or those that a resumed run had, as long as what they depend on in the recipe is the same."""
+    wanted = recipe.max_tokens_per_micro_batch
+    decided_by = f"{wanted} tokens, gradient_checkpointing {recipe.gradient_checkpointing}, {ranks.size()} ranks"
+    if progress.fitting_tokens_of != decided_by:
+        progress.fitting_tokens_of = decided_by
+        progress.fitting_tokens = wanted or automatic_budget(recipe, policy, device)
+    if progress.fitting_tokens != wanted:
+        say(f"micro-batches of {progress.fitting_tokens:,} tokens: as many as fit")
+    return replace(recipe, max_tokens_per_micro_batch=progress.fitting_tokens)
 
 
 def require_ranks(recipe: Recipe) -> None:

@@ -56,8 +56,7 @@ def update(
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(progress.step):
             schedule.step()
-    tokens = min(recipe.max_tokens_per_micro_batch, progress.fitting_tokens or recipe.max_tokens_per_micro_batch)
-    budget = TokenBudget(tokens, longest=max(map(len, rollouts)))
+    budget = TokenBudget(progress.fitting_tokens or recipe.max_tokens_per_micro_batch, longest=max(map(len, rollouts)))
     warned = False
     policy.train()
     with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
@@ -75,8 +74,7 @@ def update(
                 points, result = with_retry(gradients, budget, optimizer.zero_grad, recorder.say)
             except ValueError as error:
                 raise RunError(f"iteration {progress.iteration}, step {progress.step}: {error}") from error
-            if budget.tokens < tokens:
-                progress.fitting_tokens = budget.tokens
+            progress.fitting_tokens = budget.tokens
             norm = clip_gradients(trained, recipe.max_grad_norm)
             if not (math.isfinite(result.loss) and math.isfinite(norm)):
                 stop_on_nonfinite(policy, result, norm, batch, recipe, weights, points, run, progress)

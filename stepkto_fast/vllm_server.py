@@ -5,7 +5,6 @@ Requests go to the recipe's `vllm_server_url` and nowhere else: no proxy, no red
 
 import asyncio
 import json
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -19,6 +18,8 @@ from .sampler import Sample
 
 ATTEMPTS = 4  # of a request that no server took; the pauses between them double from PAUSE seconds
 PAUSE = 0.5
+LARGEST = 1 << 28  # bytes of an answer
+ABSURD = 1e30  # nats
 REMEDY = "(re)start the server, then continue with --resume true"
 
 
@@ -45,7 +46,12 @@ class VLLMServer:
             usable = False
         if not usable:
             raise RunError(f"vllm_server_url is {url!r}: give http://host:port")
-        self.url, self.host, self.port = url.rstrip("/"), parts.hostname, parts.port
+        if "@" in parts.netloc:  # it would stand in every message
+            raise RunError(
+                "vllm_server_url holds a user or a password: give http://host:port, and the key by VLLM_API_KEY"
+            )
+        self.url, self.host = url.rstrip("/"), parts.hostname
+        self.port = parts.port or (443 if parts.scheme == "https" else 80)
         self._timeout = timeout
         key = os.environ.get("VLLM_API_KEY")  # the variable from which `vllm serve` takes its own
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -113,7 +119,7 @@ class VLLMServer:
         for attempt in range(ATTEMPTS):
             try:
                 async with session.request(method, self.url + path, json=body, allow_redirects=False) as response:
-                    status, content = response.status, await response.read()
+                    status, content = response.status, await self._body(response, path)
                 break
             except (aiohttp.ClientConnectionError, aiohttp.ClientPayloadError, TimeoutError) as error:
                 if attempt == ATTEMPTS - 1:
@@ -121,13 +127,24 @@ class VLLMServer:
                         f"the vLLM server {self.url} cannot be reached ({error or type(error).__name__}): {REMEDY}"
                     ) from error
                 await asyncio.sleep(PAUSE * 2**attempt)
+            except (aiohttp.ClientError, ValueError) as error:
+                reason = _printable(str(error) or type(error).__name__)
+                raise RunError(f"what answers at {self.url} is no vLLM server ({reason}): {REMEDY}") from error
         if status != 200:
             said = f"the vLLM server {self.url} answered {path} with HTTP {status}: {_message(content)}"
             raise RefusedError(said) if 400 <= status < 500 else AnsweredError(f"{said}; {REMEDY}")
         try:
             return json.loads(content) if content else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RunError(f"the vLLM server {self.url} answered {path} with what is not JSON: {error}") from error
+
+    async def _body(self, response: aiohttp.ClientResponse, path: str) -> bytes:
+        found = bytearray()
+        async for chunk in response.content.iter_chunked(1 << 20):
+            found += chunk
+            if len(found) > LARGEST:
+                raise RunError(f"the vLLM server {self.url} answered {path} with over {LARGEST >> 20} MiB: {REMEDY}")
+        return bytes(found)
 
     def _silent(self, path: str) -> RunError:
         return RunError(
@@ -139,9 +156,14 @@ class VLLMServer:
 def _message(content: bytes) -> str:
     """What an error response says, in one short line."""
     text = content.decode("utf-8", "replace")
-    with suppress(ValueError, LookupError, TypeError):
+    with suppress(ValueError, LookupError, TypeError, RecursionError):
         text = str(json.loads(text)["error"]["message"])
-    return " ".join(text.split())[:500]
+    return _printable(text)
+
+
+def _printable(text: str) -> str:
+    """One short line that drives no terminal."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split())[:500])
 
 
 def parse_choices(answer: Any, *, n: int, limit: int, vocabulary: int, eos: int, with_logps: bool) -> list[Sample]:
@@ -172,7 +194,7 @@ def parse_choices(answer: Any, *, n: int, limit: int, vocabulary: int, eos: int,
             logps = found.get("token_logprobs") if isinstance(found, dict) else None
             if not isinstance(logps, list) or len(logps) != len(ids):
                 raise malformed("it has not one log-prob a token")
-            if not all(type(x) in (int, float) and math.isfinite(x) for x in logps):
+            if not all(type(x) in (int, float) and abs(x) < ABSURD for x in logps):  # a nan fails, too
                 raise malformed("a log-prob is not a finite number")
         samples.append(Sample(ids, [float(x) for x in logps], finished=reason == "stop"))
     return samples

@@ -234,6 +234,19 @@ def test_reference_points_need_no_copy_of_the_model(model, exact, settings, esti
     assert kept == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
+@needs_peft
+def test_a_view_is_read_with_its_own_weights_under_autocast(model, exact):
+    """Autocast keeps casts by parameter, and a view lends the policy's parameters other memory."""
+    recipe = recipe_of({}, reference_points="exact", bf16=True)
+    attach_adapters(model, recipe, seed=3)
+    move(model)
+    copied, view = copy.deepcopy(model), frozen(model)
+    move(model, seed=1)
+    found, right = (estimate_points(model, reference, exact, recipe, LaggedPoints(), 0) for reference in (view, copied))
+    assert right[0] > 0.01
+    assert found == right
+
+
 def test_a_model_that_is_trained_in_full_is_copied(model, exact):
     reference = frozen(model)
     before = flat(log_probs(model, exact, Recipe()))

@@ -1,5 +1,6 @@
 """The run directory: whole files or none, and a resumed optimizer that is the same to the last bit."""
 
+import itertools
 import json
 import os
 import resource
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from stepkto_fast import ranks
 from stepkto_fast.adapters import attach_adapters
+from stepkto_fast.atomic import MANIFEST, damage, write_manifest
 from stepkto_fast.errors import RunError
 from stepkto_fast.objective import LaggedPoints
 from stepkto_fast.policy import build_policy, build_tokenizer
@@ -168,6 +170,20 @@ def test_a_damaged_checkpoint_is_kept_aside_and_the_one_before_is_taken(tmp_path
     assert aside.is_dir()
     assert open_run(tmp_path, resume=True).newest_checkpoint(said.append) == run.policy_of(0)
     assert len(said) == 1
+
+
+def test_no_flipped_bit_of_a_manifest_is_an_error_of_ours(tmp_path):
+    (tmp_path / "weights").write_bytes(b"some")
+    write_manifest(tmp_path, ranks=1)
+    content, found = (tmp_path / MANIFEST).read_bytes(), []
+    for place, bit in itertools.product(range(len(content)), range(8)):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << bit
+        (tmp_path / MANIFEST).write_bytes(flipped)
+        found.append(damage(tmp_path))
+    assert sum(bool(x) for x in found) > len(found) / 2, "what is left are spaces and the number of ranks"
+    (tmp_path / MANIFEST).write_bytes(content)
+    assert damage(tmp_path) == []
 
 
 def test_a_step_rests_on_its_rollouts_and_its_policy(tmp_path, model, tokenizer, rollouts):

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from sampler_contract import SamplerContract, open_engine
 
 from stepkto_fast.collect import ask
@@ -84,6 +85,20 @@ def test_ray_that_is_not_installed_is_named(monkeypatch):
     with pytest.raises(RunError, match="Ray is not installed: pip install"):
         require_engine(Recipe(vllm_mode="ray"))
     assert require_engine(Recipe(vllm_mode="server", vllm_server_url="http://h:1")) == "vllm"
+
+
+def test_nccl_without_a_gpu_here_is_refused_before_anything_starts(monkeypatch):
+    nccl = {"vllm_mode": "server", "vllm_server_url": "http://h:1", "vllm_sync": "nccl"}
+    for cuda, device in ((False, None), (True, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda cuda=cuda: cuda)
+        with pytest.raises(RunError, match="from GPU to GPU, and there is none here: set it to reload"):
+            require_engine(Recipe(**nccl, device=device))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RunError, match="wants vLLM here, too"):
+        require_engine(Recipe(**nccl))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert require_engine(Recipe(**nccl)) == "vllm"
 
 
 @pytest.mark.parametrize("mode", [{"vllm_mode": "ray"}, {"vllm_mode": "server", "vllm_server_url": "http://h:1"}])

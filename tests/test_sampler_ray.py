@@ -1,7 +1,11 @@
 """Two vLLM engines under a Ray of this machine keep the contract of samplers, and a dead one ends the run."""
 
 import importlib.util
+import os
+import subprocess
+import sys
 import time
+import types
 
 import pytest
 import torch
@@ -17,6 +21,15 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 needs_engines = pytest.mark.skipif(
     any(importlib.util.find_spec(name) is None for name in ("ray", "vllm")), reason="Ray or vLLM is not installed"
 )
+
+
+JOIN = """
+import sys, ray
+from stepkto_fast.recipe import Recipe
+from stepkto_fast.sampler_ray import _join
+assert _join(Recipe(vllm_mode="ray", ray_address=sys.argv[1]), sys.argv[2], 0) == sys.argv[1]
+print("answered", ray.get(ray.get_actor("engine_1", namespace=sys.argv[2]).done.remote()))
+"""
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +73,17 @@ class TestRay(SamplerContract):
         first, second = engine[2].sample([[5, 6, 7]] * 2, n=8, temperature=1.5, max_tokens=8, seed=0)
         assert [s.token_ids for s in first] != [s.token_ids for s in second]
 
+    def test_another_rank_finds_the_engines_of_rank_0s_ray(self, engine):
+        """Ray gives a cluster of its own a token, and takes it from other processes only where they are told so."""
+        import ray
+
+        context = ray.get_runtime_context()
+        joined = subprocess.run(
+            [sys.executable, "-c", JOIN, context.gcs_address, context.namespace],
+            env={**os.environ, "RAY_AUTH_MODE": "token"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert joined.stdout.endswith("answered 0\n"), joined.stderr[-2000:]
+
     def test_an_engine_that_hangs_is_not_waited_for(self, engine, monkeypatch):
         import ray
 
@@ -92,6 +116,24 @@ class TestRay(SamplerContract):
         ):
             with pytest.raises(RunError, match=r"vLLM engine 1 under Ray has failed .*killed.*--resume true"):
                 call()
+
+
+@pytest.mark.parametrize(
+    ("main", "address", "mode"), [(False, None, "token"), (True, None, None), (False, "head:6379", None)]
+)
+def test_only_ranks_that_join_rank_0s_ray_are_told_of_its_token(
+    monkeypatch, model, tokenizer, tmp_path, main, address, mode
+):
+    seen = []
+    stand_in = types.ModuleType("stepkto_fast.sampler_ray")
+    stand_in.RaySampler = lambda *args, **arguments: seen.append(os.environ.get("RAY_AUTH_MODE"))
+    monkeypatch.setitem(sys.modules, "stepkto_fast.sampler_ray", stand_in)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ranks, "is_main", lambda: main)
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    open_sampler(Recipe(vllm_mode="ray", ray_address=address), model, tokenizer, tmp_path, tmp_path / "engine.log")
+    assert seen == [mode]
 
 
 @needs_ray

@@ -11,14 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
 from sampler_contract import SamplerContract, tiny_model
 
-from stepkto_fast import sampler_server
+from stepkto_fast import sampler_server, vllm_server
 from stepkto_fast.errors import RunError
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.sampler import open_sampler, spread_seed
@@ -258,6 +260,50 @@ def test_what_a_failing_server_says_is_passed_on(play, status, content, message)
         VLLMServer(play(lambda path, body: (status, content)).url, 5).get("/x")
 
 
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n",
+        b"HTTP/1.1 999 what\r\nContent-Length: x\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + 100_000 * b"y" + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 200000\r\n\r\n" + 200_000 * b"[",
+        b"HTTP/1.1 500 no\r\nContent-Length: 20\r\n\r\n\x1b]0;pwned\x07\x1b[31mred" + 10 * b" ",
+    ],
+    ids=["ssh", "headers", "long", "deep", "escapes"],
+)
+def test_what_is_no_vllm_server_is_an_error_that_says_so(monkeypatch, answer):
+    monkeypatch.setattr(vllm_server, "PAUSE", 0.01)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def speak():
+            for _ in range(vllm_server.ATTEMPTS):
+                with suppress(OSError):
+                    connection, _ = listening.accept()
+                    connection.recv(65536)
+                    connection.sendall(answer)
+                    connection.close()
+
+        threading.Thread(target=speak, daemon=True).start()
+        server = VLLMServer(f"http://127.0.0.1:{listening.getsockname()[1]}", 5)
+        with pytest.raises(RunError) as caught:
+            server.get("/weight_info")
+    assert str(caught.value).isprintable()
+    assert server.url in str(caught.value)
+
+
+def test_an_answer_without_end_is_not_kept(play, monkeypatch):
+    monkeypatch.setattr(vllm_server, "LARGEST", 1 << 20)
+    played = play(lambda path, body: (200, b" " * (3 << 20) + b"{}"))
+    with pytest.raises(RunError, match="answered /big with over 1 MiB"):
+        VLLMServer(played.url, 5).get("/big")
+
+
+def test_a_password_in_the_address_is_refused_and_not_repeated():
+    with pytest.raises(RunError, match="by VLLM_API_KEY") as caught:
+        VLLMServer("http://me:secret@host:8000", 5)
+    assert "secret" not in str(caught.value)
+
+
 def test_the_key_goes_to_the_server_and_proxies_do_not_matter(play, monkeypatch):
     monkeypatch.setenv("VLLM_API_KEY", "secret")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
@@ -278,6 +324,98 @@ def test_a_server_without_its_development_endpoints_is_told_apart(play, tmp_path
     recipe = Recipe(vllm_mode="server", vllm_server_url=played.url)
     with pytest.raises(RunError, match="VLLM_SERVER_DEV_MODE=1 turns them on"):
         ServerSampler(recipe, tmp_path, tmp_path, 96, 1, 40)
+
+
+def served(path, body, logp=-1.0, backend="nccl"):
+    """What a server for the model of 40 ids says."""
+    if path.startswith("/server_info"):
+        model = {
+            "hf_overrides": {"head_dtype": "float32"}, "logprobs_mode": "processed_logprobs", "dtype": "torch.float32",
+            "generation_config": "vllm", "skip_tokenizer_init": True, "max_model_len": 96,
+        }  # fmt: skip
+        transfer = {"backend": backend} if backend else None
+        return 200, {"vllm_config": {"model_config": model, "weight_transfer_config": transfer}}
+    if path == "/v1/models":
+        return 200, {"data": [{"id": "policy"}]}
+    if path == "/reset_prefix_cache":
+        return 200, {"success": True}
+    if path == "/v1/completions" and body.get("stop_token_ids") == [40]:
+        return 400, {"error": {"message": "out of vocabulary"}}
+    if path == "/v1/completions":
+        return 200, {"choices": [choice(logps=[logp, logp])]}
+    return 200, {}
+
+
+@pytest.fixture
+def transferred(monkeypatch):
+    """Stands in for `weight_transfer`, which wants vLLM: the policies that were sent."""
+    sent = []
+    stand_in = types.ModuleType("stepkto_fast.weight_transfer")
+    stand_in.NCCLTransfer = lambda server, timeout: types.SimpleNamespace(
+        send=lambda model: sent.append((server.url, timeout, model)), close=lambda: sent.append("closed")
+    )
+    monkeypatch.setitem(sys.modules, "stepkto_fast.weight_transfer", stand_in)
+    return sent
+
+
+def test_weights_over_nccl_are_proved_and_marked_as_reloaded_ones_are(play, transferred, model, monkeypatch, tmp_path):
+    version = []
+
+    def answer(path, body):
+        if path == "/update_weight_version":
+            version.append(body["new_version"])
+        return (200, {"weight_version": version[-1]}) if path == "/weight_info" else served(path, body)
+
+    played = play(answer)
+    recipe = Recipe(vllm_mode="server", vllm_server_url=played.url, vllm_sync="nccl", vllm_timeout=5)
+    sampler = ServerSampler(recipe, tmp_path, tmp_path / "weights", 96, 1, 40)
+    before = len(played.asked)
+    monkeypatch.setattr(sampler_server, "log_probs", lambda model, rollouts, recipe: [torch.full((2,), -1.0)])
+    sampler.sync(model)
+    assert transferred == [(played.url, 5, model)]
+    asked = [path for path, _, _ in played.asked[before:]]
+    assert asked == [
+        "/update_weight_version", "/reset_prefix_cache", "/update_weight_version", "/v1/completions", "/weight_info",
+    ]  # fmt: skip
+    assert version[0] != version[1], "until the weights are there, they have a version that nobody samples"
+    assert not (tmp_path / "weights").exists()
+    monkeypatch.setattr(sampler_server, "log_probs", lambda model, rollouts, recipe: [torch.full((2,), -1.1)])
+    with pytest.raises(RunError, match="weight sync failed"):
+        sampler.sync(model)
+    sampler.close()
+    assert transferred[-1] == "closed"
+
+
+def test_a_run_whose_server_another_one_has_begun_to_fill_gets_no_samples(play, model, monkeypatch, tmp_path):
+    version, idle = [], [True]
+
+    def answer(path, body):
+        if path == "/update_weight_version":
+            version.append(body["new_version"])
+        if path == "/reset_prefix_cache":
+            return 200, {"success": idle[0]}
+        return (200, {"weight_version": version[-1]}) if path == "/weight_info" else served(path, body)
+
+    recipe = Recipe(vllm_mode="server", vllm_server_url=play(answer).url, vllm_timeout=5)
+    one, other = (ServerSampler(recipe, tmp_path, tmp_path / name, 96, 1, 40) for name in ("one", "other"))
+    monkeypatch.setattr(sampler_server, "log_probs", lambda model, rollouts, recipe: [torch.full((2,), -1.0)])
+    one.sync(model)
+    idle[0] = False
+    with pytest.raises(RunError, match="did not reset its prefix cache"):
+        other.sync(model)
+    with pytest.raises(RunError, match="no longer holds"):
+        one.sample([[5]], n=1, temperature=1.0, max_tokens=2, seed=0)
+
+
+@pytest.mark.parametrize("backend", [None, "ipc"])
+def test_a_server_without_the_transfer_is_refused_with_the_command(play, transferred, tmp_path, backend):
+    played = play(lambda path, body: served(path, body, backend=backend))
+    recipe = Recipe(vllm_mode="server", vllm_server_url=played.url, vllm_sync="nccl")
+    with pytest.raises(RunError, match=r"has --weight-transfer-config .*this run needs") as caught:
+        ServerSampler(recipe, tmp_path, tmp_path, 96, 1, 40)
+    words = shlex.split(str(caught.value).splitlines()[-1])
+    assert json.loads(words[words.index("--weight-transfer-config") + 1]) == {"backend": "nccl"}
+    ServerSampler(Recipe(vllm_mode="server", vllm_server_url=played.url), tmp_path, tmp_path, 96, 1, 40)
 
 
 def test_settings_that_are_none_are_malformed(play, tmp_path):
@@ -315,6 +453,7 @@ def test_choices_are_put_in_order():
         {"choices": [choice(ids=[5, 1])]}, {"choices": [choice(ids=[1, 1], reason="stop")]},
         {"choices": [choice(logps=[-1.0])]}, {"choices": [choice(logps=[-1.0, None])]},
         {"choices": [choice(logps=[-1.0, float("nan")])]}, {"choices": [choice(logps=[-1.0, True])]},
+        {"choices": [choice(logps=[-1.0, -(10**400)])]},
         {"choices": [{**choice(), "logprobs": None}]}, {"choices": [{**choice(), "token_ids": "56"}]},
     ],
 )  # fmt: skip

@@ -74,7 +74,7 @@ def test_what_is_in_memory_already_is_not_asked_for_twice():
 
 def test_checkpointing_and_more_ranks_leave_room_for_more_tokens():
     tokens = [
-        automatic_tokens(replace(QWEN, lora_merge="end", **change), QWEN_1_5B, Rates(gpu="h100", gpus=gpus), 79 * GIB)
+        automatic_tokens(replace(QWEN, **change), QWEN_1_5B, Rates(gpu="h100", gpus=gpus), 79 * GIB)
         for change, gpus in (({}, 1), ({}, 8), ({"gradient_checkpointing": True}, 8))
     ]
     assert tokens == sorted(set(tokens))

@@ -17,6 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from stepkto_fast.prm_files import load_prm
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.rollout import read_rollouts
 
@@ -327,6 +328,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_optimizer(tmp_path, capsys):
     [
         ["--reference_points", "exact", "--prm_trunk", "policy"],
         ["--reference_points", "mismatched", "--prm_trunk", "trained", "--reference", "initial"],
+        ["--reference_points", "exact", "--prm_trunk", "policy", "--lora_rank", "4", "--lora_merge", "end"],
     ],
     ids=lambda s: "-".join(s[1::2]),
 )
@@ -345,6 +347,7 @@ def test_an_interrupted_update_resumes_with_every_estimator_and_trunk(tmp_path, 
     assert main([*arguments, "--output_dir", str(tmp_path / "cut"), "--resume", "true"]) == 0
     assert without_timings(tmp_path / "cut") == without_timings(tmp_path / "whole")
     assert metrics(tmp_path / "cut") == metrics(tmp_path / "whole")
+    load_prm(tmp_path / "cut" / "model", torch.device("cpu"))
 
 
 def test_labelling_by_continuations_resumes_where_it_was_interrupted(tmp_path, monkeypatch):
