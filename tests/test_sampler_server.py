@@ -379,9 +379,11 @@ def test_weights_over_nccl_are_proved_and_marked_as_reloaded_ones_are(play, tran
     ]  # fmt: skip
     assert version[0] != version[1], "until the weights are there, they have a version that nobody samples"
     assert not (tmp_path / "weights").exists()
-    monkeypatch.setattr(sampler_server, "log_probs", lambda model, rollouts, recipe: [torch.full((2,), -1.1)])
-    with pytest.raises(RunError, match="weight sync failed"):
-        sampler.sync(model)
+    for wrong in (-1.1, float("nan")):
+        found = [torch.full((2,), wrong)]
+        monkeypatch.setattr(sampler_server, "log_probs", lambda model, rollouts, recipe, found=found: found)
+        with pytest.raises(RunError, match="weight sync failed"):
+            sampler.sync(model)
     sampler.close()
     assert transferred[-1] == "closed"
 
