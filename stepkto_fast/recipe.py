@@ -410,5 +410,9 @@ def _suggestion(key: str, known: list[str]) -> str:
 
 def write_recipe(recipe: Recipe, path: Path) -> None:
     """Writes the resolved settings as YAML that `parse_recipe` reads back."""
+    settings = asdict(recipe)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    if yaml.safe_load(text) != settings:  # a control character that YAML takes for the end of a line
+        text = yaml.safe_dump(settings, sort_keys=False)
     with replacing(path) as unfinished:
-        unfinished.write_text(yaml.safe_dump(asdict(recipe), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        unfinished.write_text(text, encoding="utf-8")

@@ -21,8 +21,9 @@ def test_command_line_over_file_over_defaults(tmp_path):
     assert (recipe.model, recipe.filter_eps) == (None, 0.001)
 
 
-def test_what_is_written_reads_back(tmp_path):
-    recipe = Recipe(seed=5, beta=0.123456789, model="a/b", filter_eps=None, resume=True)
+@pytest.mark.parametrize("name", ["plain", "größer 数学", "a\x85b", "a\u2028b", "'\"\n#: -"])
+def test_what_is_written_reads_back(tmp_path, name):
+    recipe = Recipe(seed=5, beta=0.123456789, model="a/b", filter_eps=None, resume=True, name=name)
     write_recipe(recipe, tmp_path / "config.yaml")
     assert parse_recipe([str(tmp_path / "config.yaml")]) == recipe
     assert yaml.safe_load((tmp_path / "config.yaml").read_text()) == asdict(recipe)
