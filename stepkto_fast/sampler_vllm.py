@@ -29,7 +29,8 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
-import vllm  # noqa: E402  (the variables above must be set first)
+# E402: the variables above must be set before anything of vllm is imported.
+import vllm  # noqa: E402
 import vllm.v1.engine.core  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 from vllm.config.lora import MaxLoRARanks  # noqa: E402
