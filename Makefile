@@ -10,7 +10,7 @@ SHAPES ?= all
 # The lock brings cmake and ninja; the build of the C++ extension finds them here.
 $(STAMP) test test-fast sanitize: export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: setup demo smoke test test-fast soak sanitize bench bench-report gpu tune aot hub docs lint audit clean
+.PHONY: study study-page setup demo smoke test test-fast soak sanitize bench bench-report gpu tune aot hub docs lint audit clean
 
 setup: $(STAMP)
 
@@ -107,6 +107,16 @@ aot: $(STAMP)
 # The package as Hugging Face's `kernels` loads it: kernels/build/<variant>. kernels/README.md says how to load it.
 hub: $(STAMP)
 	$(BIN)/python kernels/hub.py
+
+# The study of docs/study.md: about ten hours on 2 cores; stopped at any time, it goes on where it was.
+STUDY ?=
+study: $(STAMP)
+	$(BIN)/python -m stepkto_fast.study $(STUDY)
+	$(BIN)/python -m stepkto_fast.study.page
+
+# docs/study.md, its figures and the README's section again, from the result files.
+study-page: $(STAMP)
+	$(BIN)/python -m stepkto_fast.study.page
 
 # The page of all settings, from their dataclasses.
 docs: $(STAMP)

@@ -28,7 +28,7 @@ from .collect import ask, sample_rollouts
 from .command import open_device, progress_bar, run_command, say_complaints
 from .errors import RunError
 from .estimators import bootstrap, mean, pass_at_k, ratio
-from .evaluation import flaw_counts, judge_steps, majority_hits, step_counts, write_solutions
+from .evaluation import flaw_counts, judge_steps, majority_hits, right_samples, step_counts, write_solutions
 from .policy import load_policy
 from .prm import PRM
 from .prm_files import HEAD, load_prm
@@ -111,9 +111,10 @@ def _evaluate(settings: EvalSettings, task: Task, model: str, console: Console) 
             seed=derived_seed(settings, "samples"), on_progress=advance,
         )  # fmt: skip
     judge = judge_steps(greedy, task, prm, settings)
-    write_solutions(greedy, task, asked, folder / "greedy.parquet")
+    right, majority = right_samples(sampled, k), majority_hits(sampled, task, k)
+    write_solutions(greedy, right, majority, task, asked, folder / "greedy.parquet")
     write_rollouts(sampled, folder / "samples.parquet")
-    metrics = rates(greedy, sampled, task, k)
+    metrics = rates(greedy, right, majority, k)
     found = {
         "model": model,
         "task": task.name,
@@ -151,9 +152,9 @@ def open_prm(
     return None, f"task {task.name} has no exact checker of steps and no PRM lies beside {settings.model}: set prm"
 
 
-def rates(greedy: Sequence[Rollout], sampled: Sequence[Rollout], task: Task, k: int) -> dict[str, Metric]:
-    """What is measured, from a greedy solution and k samples of each problem, in the problems' order."""
-    right = np.array([r.label for r in sampled]).reshape(-1, k).sum(axis=1)
+def rates(greedy: Sequence[Rollout], right: Sequence[int], majority: Sequence[bool], k: int) -> dict[str, Metric]:
+    """What is measured, from a greedy solution of each problem, how many of its k samples are right, and whether the
+    answer of most of them is, in the problems' order."""
 
     def average(title: str, values: Sequence[float]) -> Metric:
         return Metric(title, np.array(values, dtype=float), mean)
@@ -164,8 +165,8 @@ def rates(greedy: Sequence[Rollout], sampled: Sequence[Rollout], task: Task, k: 
     sizes = sorted({1 << n for n in range(k.bit_length())} | {k})
     return {
         "greedy_pass@1": average("Pass@1 of greedy solutions", [r.label for r in greedy]),
-        **{f"pass@{n}": average(f"Pass@{n} from {k} samples", [pass_at_k(k, int(c), n) for c in right]) for n in sizes},
-        f"maj@{k}": average(f"Maj@{k}", majority_hits(sampled, task, k)),
+        **{f"pass@{n}": average(f"Pass@{n} from {k} samples", [pass_at_k(k, c, n) for c in right]) for n in sizes},
+        f"maj@{k}": average(f"Maj@{k}", majority),
         "flawed_correct": share("right answers with a wrong step", [flaw_counts(r) for r in greedy]),
         "step_accuracy": share("right steps", [step_counts(r) for r in greedy]),
     }

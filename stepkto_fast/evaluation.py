@@ -44,11 +44,16 @@ def evaluate(
     drift = [float((p - q).sum()) for p, q in zip(own, log_probs(initial, firsts, recipe), strict=True)]
     head_view = audit_head(prm, firsts, recipe) if prm is not None and task.exact_steps else {}
     judge = judge_steps(greedy, task, prm, recipe)
-    on_main(lambda: write_solutions(greedy, task, asked, solutions))
+    right, majority = right_samples(sampled, k), majority_hits(sampled, task, k)
+    on_main(lambda: write_solutions(greedy, right, majority, task, asked, solutions))
+    # Of one sample it would have the name of the greedy solutions' rate.
+    any_right = {f"pass@{k}": sum(count > 0 for count in right) / len(asked)} if k > 1 else {}
     record = {
         "iteration": iteration,
         **solution_rates(greedy),
-        f"maj@{k}": sum(majority_hits(sampled, task, k)) / len(asked),
+        f"maj@{k}": sum(majority) / len(asked),
+        **any_right,
+        "first_error_step": first_error_step(greedy),
         "prm_f1": head_view.get("f1"),
         "weight_sync_max_abs_logp_diff": difference,
         "steps_judged_by": judge,
@@ -102,6 +107,17 @@ def step_counts(r: Rollout) -> tuple[int, int]:
     return r.step_labels.count(1), sum(x != UNLABELLED for x in r.step_labels)
 
 
+def first_error_step(greedy: Sequence[Rollout]) -> float | None:
+    """The mean number of the first wrong step, counted from 1, among solutions that have one; None without any."""
+    found = [r.step_labels.index(0) + 1 for r in greedy if 0 in r.step_labels]
+    return sum(found) / len(found) if found else None
+
+
+def right_samples(sampled: Sequence[Rollout], k: int) -> list[int]:
+    """For each problem how many of its k samples are right."""
+    return [sum(r.label for r in sampled[n : n + k]) for n in range(0, len(sampled), k)]
+
+
 def majority_hits(sampled: Sequence[Rollout], task: Task, k: int) -> list[bool]:
     """For each problem whether the most frequent answer among its k samples is right (ties: the one sampled first)."""
     groups = [sampled[n : n + k] for n in range(0, len(sampled), k)]
@@ -109,21 +125,27 @@ def majority_hits(sampled: Sequence[Rollout], task: Task, k: int) -> list[bool]:
     return [n is not None and group[n].label for group, n in zip(groups, chosen, strict=True)]
 
 
-def write_solutions(greedy: Sequence[Rollout], task: Task, asked: Sequence[Asked], path: Path) -> None:
-    """Greedy solutions as a parquet table for the report and for reading."""
+def write_solutions(
+    greedy: Sequence[Rollout], samples_right: Sequence[int], majority_right: Sequence[bool], task: Task,
+    asked: Sequence[Asked], path: Path,
+) -> None:  # fmt: skip
+    """Greedy solutions as a parquet table for the report and for reading, one row a problem, with what
+    `right_samples` and `majority_hits` say of the problem's samples."""
     rows = [
         {
             "problem_id": r.problem_id, "prompt": r.prompt, "answer": task.answer(a.problem),
             "completion": r.completion, "steps": r.steps, "label": r.label, "step_labels": r.step_labels,
             "step_probs": r.step_probs or None, "completion_tokens": len(r.completion_ids),
+            "samples_right": right, "majority_right": majority,
         }
-        for r, a in zip(greedy, asked, strict=True)
+        for r, right, majority, a in zip(greedy, samples_right, majority_right, asked, strict=True)
     ]  # fmt: skip
     schema = pa.schema(
         {
             "problem_id": pa.int64(), "prompt": pa.string(), "answer": pa.string(), "completion": pa.string(),
             "steps": pa.list_(pa.string()), "label": pa.bool_(), "step_labels": pa.list_(pa.int8()),
             "step_probs": pa.list_(pa.float32()), "completion_tokens": pa.int32(),
+            "samples_right": pa.int32(), "majority_right": pa.bool_(),
         }
     )  # fmt: skip
     write_table(pa.Table.from_pylist(rows, schema=schema), path)

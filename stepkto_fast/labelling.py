@@ -1,5 +1,6 @@
 """Step labels: the PRM head for M_t, and who says which steps of its rollouts are right (`label_source`)."""
 
+import random
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from .labelled import labelled_rollouts
 from .monte_carlo import agreement, consensus, estimate_cost, labels_of, monte_carlo_values
 from .prm import PRM, calibrates, fit_prm, fits, seed_generations
 from .prm_files import load_prm
+from .recipe import Recipe
 from .rollout import UNLABELLED, Rollout, read_rollouts, write_rollouts
 from .run_directory import on_main
 from .sampler import context_length
@@ -24,7 +26,7 @@ from .task import asked_rows
 
 
 def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | None:
-    """The PRM head for `policy` = M_t; None where the recipe has no use for one.
+    """The PRM head for `policy` = M_t; None where the recipe has no use for one (or no audit: `prm_audit`).
 
     It is read from `prm`, or fitted on `prm_dataset`, or on a seed set: M_0's completions of the seed problems, half of
     them at a higher temperature, labelled by `prm_labels` and kept in rollouts/seed.parquet. With `prm_trunk: initial`
@@ -33,6 +35,8 @@ def fit_head(s: Session, policy: PreTrainedModel, fitted: PRM | None) -> PRM | N
     recipe = s.recipe
     if recipe.prm is not None:
         return fitted or load_prm(recipe.prm, s.initial.device, s.tokenizer)
+    if not recipe.prm_audit and recipe.label_source not in ("head", "consensus"):
+        return None
     frozen = recipe.prm_trunk == "initial"
     if frozen and fitted is not None:
         return fitted
@@ -147,9 +151,24 @@ def label_steps(s: Session, rollouts: Sequence[Rollout], prm: PRM | None, weight
             [x for r in rollouts for x in labels_of(r.step_values, s.recipe)],
             [x for r in rollouts for x in prm.label(r.step_probs)],
         )
-    if all(x == UNLABELLED for r in rollouts for x in r.step_labels):
+    flip_labels(rollouts, s.recipe, s.progress.iteration)
+    if s.recipe.objective == "step_kto" and all(x == UNLABELLED for r in rollouts for x in r.step_labels):
         s.recorder.say(f"warning: no step of M_{s.progress.iteration}'s rollouts has a label; only outcomes are learnt")
     return both
+
+
+def flip_labels(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> None:
+    """Flips each step label of `rollouts` with probability `step_label_noise`; steps without one stay so.
+
+    Which ones depends on seed, iteration, problem, sample and the step's place alone; a higher share flips those of a
+    lower one and more.
+    """
+    for r in rollouts if recipe.step_label_noise else ():
+        rng = random.Random(f"step_label_noise {recipe.seed} {iteration} {r.problem_id} {r.sample}")
+        flipped = [rng.random() < recipe.step_label_noise for _ in r.step_labels]
+        r.step_labels = [
+            1 - x if flip and x != UNLABELLED else x for x, flip in zip(r.step_labels, flipped, strict=True)
+        ]
 
 
 def _continue_steps(s: Session, asked: Sequence[Asked], rollouts: Sequence[Rollout], name: str, weights: str) -> None:

@@ -1,4 +1,4 @@
-"""The Step-KTO objective over packed micro-batches: class weights, reference points, and one accumulated gradient.
+"""The objective over packed micro-batches: class weights, reference points, and one accumulated gradient.
 
 Under several ranks everything here takes the same rollouts on every rank, splits them by tokens, and gives the same
 result on every rank, that of the whole list: all of them must call it. A rank with fewer micro-batches than the others
@@ -23,6 +23,7 @@ from stepkto_kernels import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from .baselines import baseline_loss, count_terms, unit_size, units
 from .packing import PackedBatch, micro_batches_of_ranks, pack
 from .policy import head, hidden_states
 from .ranks import gather, rank, size
@@ -216,16 +217,12 @@ def accumulate_gradients(
     """
     if size() > 1 and not is_sharded(policy):
         raise ValueError(f"{size()} ranks train a policy that is not sharded over them: call sharding.shard before")
-    supervised = sum(any(x != UNLABELLED for x in r.step_labels) for r in rollouts)
-    z, z_s = points if recipe.loss_type == "kto" else (0.0, 0.0)
-    objective: dict[str, Any] = {
-        "kl": max(z, 0.0), "step_kl": max(z_s, 0.0), "beta": recipe.beta, "step_beta": recipe.step_beta,
-        "outcome_weight": recipe.outcome_weight, "step_weight": recipe.step_weight,
-        "step_reduction": recipe.step_reduction, "after_first_error": recipe.after_first_error,
-        "loss_type": recipe.loss_type, "num_completions": len(rollouts), "num_supervised": max(supervised, 1),
-    } | weights  # fmt: skip
+    if recipe.objective == "step_kto":
+        objective = _step_kto_options(rollouts, recipe, weights, points)
+    else:
+        objective = {"terms": count_terms(rollouts, recipe)}
     outputs, sequence_logps = [], []
-    split = micro_batches_of_ranks(rollouts, size(), recipe.max_tokens_per_micro_batch)
+    split = _split(rollouts, recipe)
     for group in split[rank()]:
         batch = _pack(rollouts, group, policy)
         with autocast(policy, recipe):
@@ -252,6 +249,26 @@ def accumulate_gradients(
     return BatchResult(loss, outcome_loss, step_loss, log_ratios, step_log_ratios, logps)
 
 
+def _step_kto_options(
+    rollouts: Sequence[Rollout], recipe: Recipe, weights: dict[str, Any], points: tuple[float, float]
+) -> dict[str, Any]:
+    supervised = sum(any(x != UNLABELLED for x in r.step_labels) for r in rollouts)
+    z, z_s = points if recipe.loss_type == "kto" else (0.0, 0.0)
+    return {
+        "kl": max(z, 0.0), "step_kl": max(z_s, 0.0), "beta": recipe.beta, "step_beta": recipe.step_beta,
+        "outcome_weight": recipe.outcome_weight, "step_weight": recipe.step_weight,
+        "step_reduction": recipe.step_reduction, "after_first_error": recipe.after_first_error,
+        "loss_type": recipe.loss_type, "num_completions": len(rollouts), "num_supervised": max(supervised, 1),
+    } | weights  # fmt: skip
+
+
+def _split(rollouts: Sequence[Rollout], recipe: Recipe) -> list[list[list[int]]]:
+    """`micro_batches_of_ranks` of a batch, as indices of `rollouts`; what is a unit stays together."""
+    per = unit_size(recipe)
+    split = micro_batches_of_ranks(units(rollouts, recipe), size(), recipe.max_tokens_per_micro_batch)
+    return [[[per * unit + k for unit in group for k in range(per)] for group in groups] for groups in split]
+
+
 def _loss(policy: PreTrainedModel, batch: PackedBatch, recipe: Recipe, objective: dict[str, Any]) -> StepKTOOutput:
     """The micro-batch's share of the loss. With importance weights the log-probs keep their values, and what comes back
     through them is scaled."""
@@ -265,6 +282,8 @@ def _loss(policy: PreTrainedModel, batch: PackedBatch, recipe: Recipe, objective
     }  # fmt: skip
     states = hidden_states(policy, batch)
     options |= head(policy)
+    if recipe.objective != "step_kto":
+        return baseline_loss(linear_logp(states, **options), batch, recipe, **objective)
     if batch.importance is None:
         return linear_step_kto(states, **options, **packing, **objective)
     logp = linear_logp(states, **options)

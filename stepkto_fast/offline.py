@@ -18,6 +18,7 @@ from .adapters import add_adapters, count_parameters, require_adapters
 from .command import open_device, say_complaints
 from .errors import RunError
 from .labelled import labelled_rollouts, read_labelled
+from .labelling import flip_labels
 from .objective import log_probs
 from .policy import load_policy
 from .policy_views import frozen
@@ -69,6 +70,7 @@ def train_offline(recipe: Recipe) -> dict:
         parts: dict[Path, list[Rollout]] = {training: [], held_out: []}
         for r in rollouts:
             parts[training if r.problem_id % HELD_OUT else held_out].append(r)
+        flip_labels(parts[training], recipe, 0)
         for path, part in parts.items():
             on_main(partial(write_rollouts, part, path))
         _record(policy, read_rollouts(held_out), recipe, progress, recorder)

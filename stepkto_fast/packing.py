@@ -3,15 +3,17 @@
 Only rows that predict a completion token reach the LM head; prompts go through the trunk alone.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, fields, replace
 from itertools import accumulate, islice
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .rollout import Rollout
+
+Item = TypeVar("Item", bound=Sized)
 
 
 @dataclass
@@ -104,9 +106,10 @@ def _importance(rollouts: Sequence[Rollout]) -> Tensor | None:
     return torch.tensor([w for r in rollouts for w in (r.importance or [1.0] * len(r.completion_ids))])
 
 
-def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> Iterator[list[Rollout]]:
-    """Runs of `rollouts`, in order, of at most `max_tokens` trunk tokens each (a longer completion goes alone)."""
-    run: list[Rollout] = []
+def micro_batches(rollouts: Sequence[Item], max_tokens: int) -> Iterator[list[Item]]:
+    """Runs of `rollouts` (or of other things with a length in trunk tokens), in order, of at most `max_tokens` trunk
+    tokens each (a longer one goes alone)."""
+    run: list[Item] = []
     total = 0
     for rollout in rollouts:
         if run and total + len(rollout) > max_tokens:
@@ -118,7 +121,7 @@ def micro_batches(rollouts: Sequence[Rollout], max_tokens: int) -> Iterator[list
         yield run
 
 
-def split_over_ranks(rollouts: Sequence[Rollout], ranks: int) -> list[list[int]]:
+def split_over_ranks(rollouts: Sequence[Sized], ranks: int) -> list[list[int]]:
     """The indices of each rank's rollouts, ascending, balanced by trunk tokens; the same on every rank.
 
     The longest first, each to the rank with the fewest tokens so far (of several such, the one with the fewest
@@ -135,7 +138,7 @@ def split_over_ranks(rollouts: Sequence[Rollout], ranks: int) -> list[list[int]]
     return [sorted(share) for share in shares]
 
 
-def micro_batches_of_ranks(rollouts: Sequence[Rollout], ranks: int, max_tokens: int) -> list[list[list[int]]]:
+def micro_batches_of_ranks(rollouts: Sequence[Sized], ranks: int, max_tokens: int) -> list[list[list[int]]]:
     """For each rank its micro-batches, as indices of `rollouts`: its share of `split_over_ranks`, cut by `max_tokens`.
 
     Every rank has as many as the others, so that their collectives match; the missing ones are empty.

@@ -11,7 +11,7 @@ from .adapters import WithoutAdapters, count_parameters
 from .ahead import rollout_shards, staleness
 from .checkpoint import has_adapters
 from .collect import check_sync, has_text, sample_rollouts, usable
-from .errors import RunError
+from .errors import TrainingError
 from .evaluation import audit_head, evaluate
 from .importance import importance_weights
 from .labelling import label_steps
@@ -75,7 +75,7 @@ def collect(s: Session, policy: PreTrainedModel, prm: PRM | None, path: Path) ->
     s.progress.add("counts", "rollouts_without_steps", empty)
     s.progress.add("counts", "unverified_rollouts", unverified)
     if not rollouts:
-        raise RunError(
+        raise TrainingError(
             f"M_{t} wrote no text, or no answer that could be compared, for any of {len(asked)} prompts: lower "
             "learning_rate, or give another model"
         )

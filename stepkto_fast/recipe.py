@@ -133,10 +133,16 @@ class Recipe:
     )
     mc_threshold: float = setting(0.5, "share of right continuations from which a step is right (mc_labels: soft)")
     mc_temperature: float = setting(1.0, "temperature of the continuations")
+    step_label_noise: float = setting(
+        0.0, "share of the step labels that are flipped before the update sees them, to study what wrong labels do"
+    )
 
     # PRM head
     prm: str | None = setting(None, "directory of a PRM head that train_prm wrote, instead of fitting one here")
     prm_dataset: str | None = setting(None, "step-labelled dataset that the head is fitted on, instead of a seed set")
+    prm_audit: bool = setting(
+        True, "fit a PRM head to audit it, where labels come from elsewhere; false: only where labels come from it"
+    )
     prm_labels: Literal["checker", "monte_carlo"] = setting("checker", "who labels the steps of the head's seed set")
     prm_pooling: Literal["attention", "last"] = setting(
         "attention", "attention: over the step's tokens; last: a linear layer on its last token's hidden state"
@@ -157,7 +163,12 @@ class Recipe:
     prm_trunk_learning_rate: float = setting(1e-4, "learning rate of the trunk's copy (prm_trunk: trained)")
 
     # objective
-    beta: float = setting(0.5, "temperature of the outcome value function")
+    objective: Literal["step_kto", "rft", "dpo"] = setting(
+        "step_kto",
+        "what the update learns from: outcomes and steps, right completions alone (rejection-sampling fine-tuning), or "
+        "pairs of a right and a wrong completion (docs/objective.md)",
+    )
+    beta: float = setting(0.5, "temperature of the outcome value function; objective dpo: of the pairs' log-ratios")
     step_beta: float = setting(0.5, "temperature of the step value function")
     outcome_weight: float = setting(1.0, "weight of the outcome loss")
     step_weight: float = setting(1.0, "weight of the step loss; 0 is outcome-only KTO")
@@ -275,7 +286,7 @@ class Recipe:
         for key in ("adam_beta1", "adam_beta2", "filter_eps"):
             if getattr(self, key) is not None and not 0 <= getattr(self, key) < 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a number from 0 to below 1")
-        for key in ("misconceptions", "misconception_rate", "slip_rate"):
+        for key in ("misconceptions", "misconception_rate", "slip_rate", "step_label_noise"):
             if not 0 <= getattr(self, key) <= 1:
                 raise RunError(f"{key} is {getattr(self, key)}: give a share from 0 to 1")
         if not 0 < self.mc_threshold <= 1:
@@ -336,10 +347,25 @@ class Recipe:
             )
         if self.loss_type == "apo_zero_unpaired" and self.reference_points != "zero":
             raise RunError("loss_type apo_zero_unpaired has no reference point: set reference_points to zero")
+        if self.objective != "step_kto":
+            self._require_baseline()
         if self.reference_points == "mismatched" and self.train_batch_size <= self.num_generations:
             raise RunError(
                 f"reference_points mismatched needs completions of several prompts in a batch: raise train_batch_size "
                 f"({self.train_batch_size}) well above num_generations ({self.num_generations})"
+            )
+
+    def _require_baseline(self) -> None:
+        """RunError for settings of Step-KTO that contradict another objective."""
+        for key, only in (("reference_points", "zero"), ("importance_correction", "none"), ("loss_type", "kto")):
+            if getattr(self, key) != only:
+                raise RunError(
+                    f"{key} is {getattr(self, key)!r} and objective {self.objective!r}, which has none: set {key} to "
+                    f"{only}, or objective to step_kto"
+                )
+        if self.objective == "dpo" and self.train_batch_size < 2:
+            raise RunError(
+                f"objective dpo learns from pairs, and train_batch_size is {self.train_batch_size}: give at least 2"
             )
 
 

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from .attention import NAME
 from .sampler import Sample, no_progress, token_limits
 
-BATCH = 512  # rows generated together
+BATCH = 256  # rows generated together; all wait for the longest
 
 
 class TransformersSampler:
@@ -36,8 +36,8 @@ class TransformersSampler:
         on_progress: Callable[[int, int], None] = no_progress,
     ) -> list[list[Sample]]:
         limits = token_limits(max_tokens, len(prompts))
-        # Rows that may be equally long go together; where all may, they stay in order.
-        order = sorted(range(len(prompts)), key=lambda k: limits[k])
+        # Rows that are likely to become equally long go together.
+        order = sorted(range(len(prompts)), key=lambda k: (limits[k], len(prompts[k])))
         rows = [(prompts[k], limits[k]) for k in order for _ in range(n)]
         samples: list[Sample] = []
         own_defaults = self._model.generation_config

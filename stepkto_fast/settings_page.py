@@ -8,6 +8,7 @@ from .eval import EvalSettings
 from .eval_prm import PRMEvaluation
 from .hardware import Rates
 from .recipe import Recipe
+from .study.__main__ import StudySettings
 from .train_prm import PRMTraining
 
 HEADER = ["| key | values | default | what it is |", "|---|---|---|---|"]
@@ -40,7 +41,7 @@ COMMANDS = (
         "The training loop", "python -m stepkto_fast.train [recipe.yaml] [--key value ...]", Recipe,
         {
             "name": "The run", "task": "Problems", "model": "Policy", "engine": "Rollouts",
-            "step_style": "Steps and their labels", "prm": "PRM head", "beta": "Objective", "lora_rank": "Update",
+            "step_style": "Steps and their labels", "prm": "PRM head", "objective": "Objective", "lora_rank": "Update",
             "save_steps": "Records",
         },
     ),
@@ -55,6 +56,7 @@ COMMANDS = (
         "Evaluating a model", "python -m stepkto_fast.eval [file.yaml] --model DIR [--key value ...]", EvalSettings, {},
         "All keys of the training loop, of which it looks at those of problems, model, sampling and steps; and",
     ),
+    Command("The study", "python -m stepkto_fast.study [file.yaml] [--key value ...]", StudySettings, {}),
     Command(
         "The planner", "python -m stepkto_fast.train [recipe.yaml] --plan [--key value ...]", Rates,
         {

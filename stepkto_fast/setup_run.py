@@ -35,20 +35,21 @@ def derived_seed(recipe: Recipe, *purpose: object) -> int:
 
 
 def make_initial_policy(
-    recipe: Recipe, task: Task, problems: Problems, recorder: Recorder
+    recipe: Recipe, task: Task, problems: Problems, on_step: Callable[[int, float], None]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """M_0 where the recipe names no model: a small Llama fine-tuned on the task's demonstrations."""
+    """M_0 where the recipe names no model: a small Llama fine-tuned on the task's demonstrations.
+
+    `on_step(step, loss in nats)` is told of every supervised step.
+    """
     shown = task.demonstrations(problems)
     model = build_policy(
         shown.tokenizer, hidden_size=recipe.hidden_size, layers=recipe.num_layers, heads=recipe.num_heads,
         max_length=recipe.context_length, seed=derived_seed(recipe, "policy"),
     ).to(open_device(recipe.device))  # fmt: skip
-    with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
-        fine_tune(
-            model, examples(task, shown), steps=recipe.warm_start_steps, batch_size=recipe.warm_start_batch_size,
-            learning_rate=recipe.warm_start_learning_rate, seed=str(recipe.seed),
-            on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
-        )  # fmt: skip
+    fine_tune(
+        model, examples(task, shown), steps=recipe.warm_start_steps, batch_size=recipe.warm_start_batch_size,
+        learning_rate=recipe.warm_start_learning_rate, seed=str(recipe.seed), on_step=on_step,
+    )  # fmt: skip
     return model, shown.tokenizer
 
 
@@ -95,7 +96,11 @@ def open_session(recipe: Recipe, task: Task) -> tuple[Session, PreTrainedModel]:
     if newest is None:
         model, words = given or (None, None)
         if model is None and ranks.is_main():
-            model, words = make_initial_policy(recipe, task, problems, recorder)
+            with recorder.bar("warm_start", "making M_0 from demonstrations") as advance:
+                model, words = make_initial_policy(
+                    recipe, task, problems,
+                    on_step=lambda step, loss: advance(step, recipe.warm_start_steps, f"loss {loss:.3f}"),
+                )  # fmt: skip
         run.save_policy(model, words, progress)
         del model
     del given

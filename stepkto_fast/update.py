@@ -1,4 +1,4 @@
-"""The update M_t -> M_{t+1}: Step-KTO over one iteration's rollouts."""
+"""The update M_t -> M_{t+1}: Step-KTO, or what it is compared with, over one iteration's rollouts."""
 
 import math
 import random
@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from transformers import PreTrainedModel, get_scheduler
 
+from .baselines import baseline_batches, units
 from .errors import RunError
 from .objective import BatchResult, accumulate_gradients, class_weights, estimate_points
 from .recipe import Recipe
@@ -56,7 +57,8 @@ def update(
         warnings.simplefilter("ignore", UserWarning)
         for _ in range(progress.step):
             schedule.step()
-    budget = TokenBudget(progress.fitting_tokens or recipe.max_tokens_per_micro_batch, longest=max(map(len, rollouts)))
+    longest = max(len(unit) for batch in batches for unit in units(batch, recipe))
+    budget = TokenBudget(progress.fitting_tokens or recipe.max_tokens_per_micro_batch, longest)
     warned = False
     policy.train()
     with recorder.bar("update", f"updating M_{progress.iteration} by {len(batches)} steps") as advance:
@@ -100,7 +102,8 @@ def update(
 def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> list[list[Rollout]]:
     """The optimizer batches of an iteration, shuffled anew in each epoch.
 
-    The last one of an epoch may be smaller; below half a batch it joins the one before it.
+    The last one of an epoch may be smaller; below half a batch it joins the one before it. Objectives other than
+    step_kto have as many batches of as many completions, of those that they learn from (`baseline_batches`).
     """
     rng = random.Random(f"batch_order {recipe.seed} {iteration}")
     batches = []
@@ -111,6 +114,8 @@ def batch_order(rollouts: Sequence[Rollout], recipe: Recipe, iteration: int) -> 
             short = epoch.pop()
             epoch[-1] = epoch[-1] + short
         batches += epoch
+    if recipe.objective != "step_kto":
+        return baseline_batches(rollouts, map(len, batches), recipe, iteration)
     return batches
 
 

@@ -12,7 +12,8 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from . import ranks
-from .errors import RunError
+from .baselines import units
+from .errors import RunError, TrainingError
 from .objective import BatchResult, accumulate_gradients
 from .recipe import Recipe
 from .rollout import UNLABELLED, Rollout, write_rollouts
@@ -20,7 +21,7 @@ from .run_directory import Progress, RunDirectory, on_main
 
 ABOVE_ZERO = 1e-3  # nats by which rounding may lift a log-prob above 0
 NAMED = 5  # completions that a message names
-SINGLES = 256  # completions whose gradients are taken one by one, at most, to find the one that is not finite
+SINGLES = 256  # completions (or pairs) whose gradients are taken one by one, at most, to find one that is not finite
 
 
 def act(warnings: Sequence[str], recipe: Recipe, say: Callable[[str], None]) -> None:
@@ -50,8 +51,8 @@ def watch_rollouts(rollouts: Sequence[Rollout], recipe: Recipe) -> list[str]:
     """Of an iteration's labelled rollouts: outcomes all the same, step labels of one class, log-probs above 0."""
     found = []
     outcomes = {r.label for r in rollouts}
-    if len(rollouts) > 1 and len(outcomes) == 1:
-        all_right = True in outcomes
+    all_right = outcomes == {True}
+    if len(rollouts) > 1 and len(outcomes) == 1 and not (all_right and recipe.objective == "rft"):
         found.append(
             f"all {len(rollouts)} completions are {'right' if all_right else 'wrong'} (limit: not all the same): "
             "nothing tells right from wrong. The problems are too "
@@ -59,12 +60,13 @@ def watch_rollouts(rollouts: Sequence[Rollout], recipe: Recipe) -> list[str]:
             "read some in rollouts/, then give other problems or another instruction"
         )
     labels = [x for r in rollouts for x in r.step_labels if x != UNLABELLED]
-    if recipe.step_weight and not labels:
+    learns_steps = recipe.objective == "step_kto" and recipe.step_weight > 0
+    if learns_steps and not labels:
         found.append(
             "no step has a label (limit: some): there is no step loss. Continuations could not be compared, or the "
             "sources of consensus never agree: set label_source to another one, or step_weight to 0"
         )
-    elif recipe.step_weight and len(labels) > 1 and len(set(labels)) == 1:
+    elif learns_steps and len(labels) > 1 and len(set(labels)) == 1:
         cause = (
             "The PRM head may be of other data than the problems, or its threshold at an end: look at prm/* in "
             "metrics.jsonl and at the steps in rollouts/, fit it on more (prm_seed_problems), or set label_source to "
@@ -98,10 +100,11 @@ def watch_step(result: BatchResult, batch: Sequence[Rollout], recipe: Recipe) ->
     if not far:
         return []
     named = ", ".join(f"{ratio:+.3g} on {_name(r)}" for ratio, r in far[:NAMED])
+    or_beta = "" if recipe.objective == "rft" else ", or raise beta"
     return [
         f"log-ratios of {len(far)} of {len(batch)} completions are beyond {recipe.watch_log_ratio:g} nats "
         f"(watch_log_ratio): {named}. The policy runs away from the reference: lower learning_rate or "
-        "max_grad_norm, or raise beta; long completions may need a higher limit"
+        f"max_grad_norm{or_beta}; long completions may need a higher limit"
     ]
 
 
@@ -134,7 +137,7 @@ def stop_on_nonfinite(
     names = ", ".join(map(_name, bad[:NAMED])) + (f" and {len(bad) - NAMED} more" if len(bad) > NAMED else "")
     if len(bad) == len(batch) > 1:
         names = f"all {len(bad)}, so the weights have diverged rather than a sequence"
-    raise RunError(
+    raise TrainingError(
         f"loss {result.loss} and gradient norm {norm} in iteration {progress.iteration}, step {progress.step}: stopped "
         f"before the optimizer moved. {how}: {names or 'none alone, only their sum'}. The batch is in {path}; continue "
         "from the last checkpoint with --resume true and a lower --learning_rate"
@@ -145,7 +148,8 @@ def offenders(
     policy: PreTrainedModel, result: BatchResult, batch: Sequence[Rollout], recipe: Recipe,
     weights: dict[str, Any], points: tuple[float, float],
 ) -> tuple[list[Rollout], str]:  # fmt: skip
-    """The completions whose log-ratios are not finite; where there is none, those whose gradient alone is not.
+    """The completions whose log-ratios are not finite; where there is none, those whose gradient alone (for DPO that of
+    their pair) is not.
 
     With what was looked at. Leaves the policy without gradients; takes a backward for each of at most SINGLES.
     """
@@ -154,14 +158,15 @@ def offenders(
     policy.zero_grad()
     if bad:
         return bad, "Log-ratios that are not finite"
-    singles = batch[:SINGLES]
-    for r in singles:
+    every = units(batch, recipe)
+    for unit in every[:SINGLES]:
         policy.zero_grad()
-        alone = accumulate_gradients(policy, [r], recipe, weights, points)
+        alone = accumulate_gradients(policy, unit.rollouts, recipe, weights, points)
         if not (math.isfinite(alone.loss) and _finite_gradients(policy)):
-            bad.append(r)
+            bad += unit.rollouts
     policy.zero_grad()
-    part = f"the first {SINGLES} of {len(batch)}" if len(singles) < len(batch) else "each"
+    one, several = (" pair", " pairs") if recipe.objective == "dpo" else ("", "")
+    part = f"the first {SINGLES} of {len(every)}{several}" if len(every) > SINGLES else f"each{one}"
     return bad, f"Log-ratios are finite. Gradients that are not, of {part} alone"
 
 

@@ -3,7 +3,14 @@
 import pyarrow.parquet as pq
 
 from stepkto_fast.collect import Asked, usable
-from stepkto_fast.evaluation import judge_steps, majority_hits, solution_rates, write_solutions
+from stepkto_fast.evaluation import (
+    first_error_step,
+    judge_steps,
+    majority_hits,
+    right_samples,
+    solution_rates,
+    write_solutions,
+)
 from stepkto_fast.recipe import Recipe
 from stepkto_fast.rollout import Rollout
 from stepkto_fast.task import ArithmeticTask
@@ -39,6 +46,18 @@ def test_steps_that_nobody_judged_are_neither_right_nor_wrong():
     unknown, partly = solution(label=True, steps=(-1, -1)), solution(label=True, steps=(-1, 0))
     assert solution_rates([unknown]) == {"pass@1": 1.0, "flawed_correct": None, "step_accuracy": None}
     assert solution_rates([unknown, partly]) == {"pass@1": 1.0, "flawed_correct": 1.0, "step_accuracy": 0.0}
+
+
+def test_the_first_wrong_step_is_counted_from_one():
+    assert first_error_step([solution(steps=(1, 0, 0)), solution(steps=(0, 1)), solution(steps=(1, 1))]) == 1.5
+    assert first_error_step([solution(steps=(-1, -1, 0))]) == 3, "nobody said that the others are wrong"
+    assert first_error_step([solution(steps=(1, -1))]) is None
+
+
+def test_right_samples_are_counted_for_each_problem():
+    samples = [solution(label=label) for label in (True, False, True, False, False, False)]
+    assert right_samples(samples, 3) == [2, 0]
+    assert right_samples(samples, 2) == [1, 1, 0]
 
 
 def test_steps_are_judged_by_the_checker_where_there_is_one_else_by_the_head():
@@ -86,9 +105,11 @@ def test_majority_counts_answers_not_samples():
 def test_solutions_are_stored_with_answer_and_verdicts(tmp_path):
     r = solution("Answer: \\boxed{ 7 }", label=True, steps=(1,))
     r.step_labels, r.step_probs = [1], [0.75]
-    write_solutions([r], TASK, [Asked(0, SEVEN, SEVEN.prompt, [5])], tmp_path / "e" / "iteration_0.parquet")
+    asked = [Asked(0, SEVEN, SEVEN.prompt, [5])]
+    write_solutions([r], [3], [False], TASK, asked, tmp_path / "e" / "iteration_0.parquet")
     (row,) = pq.read_table(tmp_path / "e" / "iteration_0.parquet").to_pylist()
     assert (row["answer"], row["label"], row["step_labels"], row["step_probs"]) == ("7", True, [1], [0.75])
+    assert (row["samples_right"], row["majority_right"]) == (3, False)
 
 
 def test_what_has_no_text_or_no_known_outcome_is_not_learnt_from():

@@ -15,6 +15,7 @@ LAYERS = [
     {"recipe", "rollout", "attention", "answer_worker", "answer_pool", "ranks", "determinism", "sharding", "watchdog"},
     {
         "packing",
+        "baselines",
         "policy",
         "segmentation",
         "answers",
@@ -50,7 +51,9 @@ LAYERS = [
     {"phases", "offline"},
     {"plan_time"},
     {"planner"},
-    {"train", "train_prm", "eval", "eval_prm", "settings_page", "scaling_page"},
+    {"train", "train_prm", "eval", "eval_prm", "scaling_page"},
+    {"study"},
+    {"settings_page"},
     {"integrations"},
 ]
 # Each optional package is imported in exactly one module; vLLM also where its weight transfer is, which a trainer that
@@ -61,7 +64,7 @@ ONE_PLACE = {
     "aiohttp": {"vllm_server"},
     "flash_attn": {"attention"},
     "wandb": {"recorder"},
-    "matplotlib": {"report_figures"},
+    "matplotlib": {"report_figures", "study"},
     "math_verify": {"answer_worker"},
 }
 # And these only in the adapter that has their name.

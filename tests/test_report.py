@@ -298,7 +298,8 @@ def test_the_engine_writes_what_the_report_reads(tmp_path, problems, rollouts):
     for r in rollouts:
         r.step_probs = [0.5 for _ in r.steps]
     asked = [Asked(r.problem_id, problems[r.problem_id], r.prompt, r.prompt_ids) for r in rollouts]
-    write_solutions(rollouts, ArithmeticTask(Recipe()), asked, run / "evaluations/iteration_0.parquet")
+    counts, hits = [3] * len(rollouts), [True] * len(rollouts)
+    write_solutions(rollouts, counts, hits, ArithmeticTask(Recipe()), asked, run / "evaluations/iteration_0.parquet")
     page = Page(run)
     shown = next(r for r in rollouts if not r.label)
     assert shown.prompt.strip() in page.text

@@ -33,6 +33,24 @@ class TestSamplersInThisProcess(SamplerContract):
     pass
 
 
+def test_rows_of_like_length_are_generated_together_and_come_back_in_order(model, tokenizer, problems, monkeypatch):
+    from stepkto_fast import sampler_transformers
+
+    monkeypatch.setattr(sampler_transformers, "BATCH", 6)
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:12]]
+    assert len({len(prompt) for prompt in prompts}) > 2
+    limits, sampler = [3, 9] * 6, sampler_transformers.TransformersSampler(model, tokenizer)
+    seen, real = [], sampler._generate
+    monkeypatch.setattr(sampler, "_generate", lambda rows, t: seen.append(rows) or real(rows, t))
+    found = sampler.sample(prompts, n=2, temperature=0.0, max_tokens=limits, seed=0)
+    rows = [(limit, len(prompt)) for batch in seen for prompt, limit in batch]
+    assert rows == sorted(rows)
+    assert [len(batch) for batch in seen] == [6] * 4
+    for prompt, limit, samples in zip(prompts, limits, found, strict=True):
+        ((alone,),) = sampler.sample([prompt], n=1, temperature=0.0, max_tokens=limit, seed=0)
+        assert [s.token_ids for s in samples] == [alone.token_ids] * 2
+
+
 def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
     lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
     limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]

@@ -1,6 +1,7 @@
 """Watchdogs: each fires on what it is for, stays silent on a good run, and warn, stop and off do what they say."""
 
 import math
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -106,6 +107,23 @@ def test_warn_stop_and_off():
         watch.act(["one", "two"], Recipe(watch="stop"), said.append)
 
 
+def test_other_objectives_are_watched_for_what_they_learn_from(rollouts):
+    for r in rollouts:
+        r.step_labels = [-1] * len(r.step_ends)
+    baselines = [Recipe(objective="rft"), Recipe(objective="dpo")]
+    assert [watch.watch_rollouts(rollouts, recipe) for recipe in baselines] == [[], []]
+    for r in rollouts:
+        r.step_labels, r.label = [1] * len(r.step_ends), True
+    rft, dpo = (watch.watch_rollouts(rollouts, recipe) for recipe in baselines)
+    assert rft == [], "right completions are all it needs"
+    assert "completions are right" in dpo[0]
+    for r in rollouts:
+        r.label = False
+    assert all("completions are wrong" in watch.watch_rollouts(rollouts, recipe)[0] for recipe in baselines)
+    far = [watch.watch_step(result([51.0, 0.0]), rollouts[:2], recipe)[0] for recipe in baselines]
+    assert ["raise beta" in warning for warning in far] == [False, True]
+
+
 # ---- what is not finite ----
 
 
@@ -167,6 +185,29 @@ def test_a_gradient_that_is_not_finite_is_traced_to_its_sequence(model, rollouts
     message, _ = stopped(model, batch, tmp_path)
     names = f"problem {culprit.problem_id} sample {culprit.sample}" if poisoned else "none alone, only their sum"
     assert f"Log-ratios are finite. Gradients that are not, of each alone: {names}. The batch" in message
+
+
+def test_of_dpo_the_pair_is_blamed(model, rollouts, tmp_path, monkeypatch):
+    """Alone, a completion would have no loss."""
+    batch = rollouts[:6]
+    for n, r in enumerate(batch):
+        r.label = n % 2 == 0
+    embed = model.get_input_embeddings()
+    real, culprit = embed.forward, torch.tensor(batch[3].prompt_ids + batch[3].completion_ids)
+
+    def forward(ids):
+        n = len(culprit)
+        hit = any(torch.equal(ids[0, k : k + n], culprit) for k in range(ids.shape[1] - n + 1))
+        return Poison.apply(real(ids)) if hit else real(ids)
+
+    monkeypatch.setattr(embed, "forward", forward)
+    recipe = Recipe(objective="dpo", output_dir=str(tmp_path / "run"))
+    message, _ = stopped(model, batch, tmp_path, recipe)
+    names = ", ".join(f"problem {r.problem_id} sample {r.sample}" for r in batch[2:4])
+    assert f"Gradients that are not, of each pair alone: {names}. The batch" in message
+    monkeypatch.setattr(watch, "SINGLES", 1)
+    shutil.rmtree(tmp_path / "run")
+    assert "of the first 1 of 3 pairs alone: none alone" in stopped(model, batch, tmp_path, recipe)[0]
 
 
 def test_the_search_for_a_gradient_is_bounded(model, rollouts, tmp_path, monkeypatch):

@@ -1,0 +1,325 @@
+"""What the study runs: its two difficulties, its arms, the search for their settings, and the ablations.
+
+A family is a whole study at one scale. `ready` says which runs can start, given the results that are there: those of
+the search first, then, seed by seed, every arm with the settings that the search chose, and the ablations.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RunError
+from ..recipe import Recipe
+from .results import STAGES
+
+Overrides = dict[str, Any]
+Pair = tuple[float, float | None]  # learning rate and beta; no beta for RFT
+
+# What the arms learn from the same rollouts. Step labels are the exact checker's unless an arm says otherwise.
+ARMS: dict[str, Overrides] = {
+    "rft": {"objective": "rft"},
+    "kto": {"step_weight": 0.0},
+    "kto_more": {"step_weight": 0.0},
+    "dpo": {"objective": "dpo"},
+    "step_only": {"outcome_weight": 0.0},
+    "step_kto": {},
+    "step_kto_prm": {"label_source": "head"},
+}
+# Arms with the loss of another one take what the search chose for that.
+TUNED_AS = {"kto_more": "kto", "step_kto_prm": "step_kto"}
+# Variants of an arm, each with one thing changed. A number in `TIMES` multiplies the tuned value.
+ABLATIONS: dict[str, tuple[str, Overrides]] = {
+    "points_lagged": ("step_kto", {"reference_points": "lagged"}),
+    "points_exact": ("step_kto", {"reference_points": "exact"}),
+    "points_mismatched": ("step_kto", {"reference_points": "mismatched"}),
+    "step_weight_0.3": ("step_kto", {"step_weight": 0.3}),
+    "step_weight_3": ("step_kto", {"step_weight": 3.0}),
+    "step_beta_quarter": ("step_kto", {}),
+    "step_beta_times_4": ("step_kto", {}),
+    "step_sum": ("step_kto", {"step_reduction": "sum"}),
+    "after_mask": ("step_kto", {"after_first_error": "mask"}),
+    "reference_initial": ("step_kto", {"reference": "initial"}),
+    "noise_05": ("step_kto", {"step_label_noise": 0.05}),
+    "noise_10": ("step_kto", {"step_label_noise": 0.10}),
+    "noise_20": ("step_kto", {"step_label_noise": 0.20}),
+    "trunk_policy": ("step_kto_prm", {"prm_trunk": "policy"}),
+    "trunk_trained": ("step_kto_prm", {"prm_trunk": "trained"}),
+}
+TIMES = {"step_beta_quarter": ("step_beta", 0.25), "step_beta_times_4": ("step_beta", 4.0)}
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """Chains of `trained` operations are trained and tested on, those of `shifted` only tested on. M_0 has seen
+    demonstrations of both; only the former get feedback. `settings` differ from the family's."""
+
+    trained: tuple[int, int]
+    shifted: tuple[int, int]
+    settings: Overrides = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Family:
+    """A study at one scale. `settings` are those of all its runs, where they differ from the package's defaults."""
+
+    name: str
+    settings: Overrides
+    difficulties: dict[str, Difficulty]
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    search_seeds: tuple[int, ...] = (100,)
+    ablation_seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_difficulty: str = "hard"
+    arms: tuple[str, ...] = tuple(ARMS)
+    ablations: tuple[str, ...] = tuple(ABLATIONS)
+    start: Pair = (1e-4, 0.5)  # of the search at the first difficulty
+    rft_start: Pair = (1e-4, None)
+    rate_limits: tuple[float, float] = (1e-5, 2e-3)
+    beta_limits: tuple[float, float] = (0.02, 15.0)
+    test_problems: int = 1000
+    validation_problems: int = 500
+    samples: int = 8  # of each test problem, for Maj@k and Pass@k
+
+    def base(self, difficulty: str) -> Overrides:
+        """The settings of every run of a difficulty."""
+        d = self.difficulties[difficulty]
+        lengths = {"min_operations": d.trained[0], "max_operations": d.trained[1]}
+        return BASE | self.settings | lengths | d.settings
+
+    def initial(self, difficulty: str) -> Overrides:
+        """The settings that M_0 is made with: demonstrations of all lengths."""
+        d = self.difficulties[difficulty]
+        return self.base(difficulty) | {"max_operations": d.shifted[1]}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run. `overrides`: what it changes in its difficulty's `Family.base`."""
+
+    stage: str
+    difficulty: str
+    name: str
+    arm: str
+    seed: int
+    overrides: Overrides = field(compare=False)
+
+    @property
+    def place(self) -> str:
+        """Where its files lie, below the folders of runs and of results."""
+        return f"{self.stage}/{self.difficulty}/{self.name}/seed_{self.seed}"
+
+
+# Of all families: the exact checker labels steps, no head is fitted where none is needed, one sample a problem serves
+# the KL from M_0 and the audit of the head.
+BASE: Overrides = {
+    "label_source": "checker", "prm_audit": False, "num_eval_generations": 1, "report_to": "none",
+    "save_steps": 1_000_000, "logging_steps": 10,
+}  # fmt: skip
+
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "cpu",
+            {"engine": "transformers", "device": "cpu", "warm_start_steps": 400, "max_completion_length": 96},
+            {
+                "easy": Difficulty((4, 6), (7, 9), {"misconceptions": 0.3, "max_completion_length": 64}),
+                "hard": Difficulty((7, 9), (10, 12), {"misconceptions": 0.35, "warm_start_steps": 500}),
+            },
+        ),
+        # 71 million parameters. The times of a run are estimates (docs/study.md): nothing of it ran on a GPU.
+        Family(
+            "large",
+            {
+                "hidden_size": 768, "num_layers": 12, "num_heads": 12, "warm_start_steps": 1500,
+                "warm_start_learning_rate": 6e-4, "context_length": 512, "max_completion_length": 192,
+                "num_prompts": 1000, "train_batch_size": 128, "max_tokens_per_micro_batch": 65536, "bf16": True,
+                "weight_sync_tolerance": 0.1, "misconceptions": 0.35,
+            },
+            {"long": Difficulty((12, 16), (17, 20))},
+            seeds=(0, 1, 2),
+            ablations=(),
+            ablation_difficulty="long",
+            arms=("rft", "kto", "step_kto", "step_kto_prm"),
+            start=(2e-5, 2.5),
+            rft_start=(2e-5, None),
+            rate_limits=(1e-5, 4e-5),
+            beta_limits=(2.5, 2.5),
+        ),
+        # Every part of a study in a few minutes on a CPU; what it finds means nothing.
+        Family(
+            "smoke",
+            {
+                "engine": "transformers", "device": "cpu", "hidden_size": 64, "num_layers": 2, "num_heads": 2,
+                "warm_start_steps": 120, "warm_start_learning_rate": 4e-3, "num_prompts": 16, "num_generations": 4,
+                "prm_seed_problems": 20, "prm_seed_generations": 2, "prm_epochs": 2, "iterations": 2,
+                "max_completion_length": 48, "train_batch_size": 16, "warmup_steps": 1,
+            },
+            {"short": Difficulty((2, 3), (4, 5))},
+            seeds=(0, 1),
+            ablation_seeds=(0,),
+            ablation_difficulty="short",
+            arms=("rft", "kto", "dpo", "step_kto", "step_kto_prm"),
+            ablations=("points_lagged", "step_beta_times_4", "noise_20", "trunk_policy"),
+            rate_limits=(1e-4, 1e-4),
+            beta_limits=(0.5, 0.5),
+            test_problems=20,
+            validation_problems=20,
+            samples=4,
+        ),
+    )
+}  # fmt: skip
+
+
+def wanted(family: Family, start: Pair, tried: Mapping[Pair, float]) -> list[Pair]:
+    """The pairs that a search still has to try; `tried` holds the Pass@1 of those that were.
+
+    A climb: from `start`, the neighbours of the best pair so far are tried, twice and half its learning rate, five
+    times and a fifth of its beta, within the family's limits, until none of them is better.
+    """
+    if start not in tried:
+        return [start]
+    rate, beta = best(tried)
+    around: list[Pair] = [(_rounded(rate * factor), beta) for factor in (0.5, 2)]
+    if beta is not None:
+        around += [(rate, _rounded(beta * factor)) for factor in (0.2, 5)]
+    return [
+        (r, b)
+        for r, b in around
+        if (r, b) not in tried
+        and family.rate_limits[0] <= r <= family.rate_limits[1]
+        and (b is None or family.beta_limits[0] <= b <= family.beta_limits[1])
+    ]
+
+
+def best(tried: Mapping[Pair, float]) -> Pair:
+    """The pair with the highest Pass@1; of equally good ones that with the smaller learning rate."""
+    return max(tried, key=lambda pair: (tried[pair], -pair[0]))
+
+
+def _rounded(x: float) -> float:
+    return float(f"{x:.3g}")
+
+
+def settings_of(pair: Pair) -> Overrides:
+    """A pair of the grid as settings: beta serves outcomes and steps."""
+    rate, beta = pair
+    return {"learning_rate": rate} | ({} if beta is None else {"beta": beta, "step_beta": beta})
+
+
+def tried(family: Family, difficulty: str, arm: str, results: Iterable[dict]) -> dict[Pair, float]:
+    """What the search found for an arm: (learning rate, beta) -> mean Pass@1 of M_3 on the validation problems, where
+    every search seed has been run. A run that failed counts as 0."""
+    found: dict[Pair, dict[int, float]] = {}
+    for result in results:
+        if (result["stage"], result["difficulty"], result["arm"]) == ("search", difficulty, arm):
+            overrides = result["overrides"]
+            pair = overrides["learning_rate"], overrides.get("beta")
+            value = 0.0 if result.get("failed") else result["iterations"][-1]["pass@1"]
+            found.setdefault(pair, {})[result["seed"]] = value
+    seeds = family.search_seeds
+    return {pair: sum(of[s] for s in seeds) / len(seeds) for pair, of in found.items() if all(s in of for s in seeds)}
+
+
+def tuned(family: Family, difficulty: str, arm: str, results: Iterable[dict]) -> Overrides | None:
+    """The settings that the search chose for an arm, or None while it is not over."""
+    searched, results = TUNED_AS.get(arm, arm), list(results)
+    start, found = start_of(family, difficulty, searched, results), tried(family, difficulty, searched, results)
+    if start is None or wanted(family, start, found):
+        return None
+    return settings_of(best(found))
+
+
+def start_of(family: Family, difficulty: str, arm: str, results: Iterable[dict]) -> Pair | None:
+    """Where the search of an arm begins: the family's pair, or what was chosen at the difficulty before this one; None
+    while that is not known."""
+    before = list(family.difficulties)[: list(family.difficulties).index(difficulty)]
+    if not before:
+        return family.rft_start if arm == "rft" else family.start
+    chosen = tuned(family, before[-1], arm, results)
+    return None if chosen is None else (chosen["learning_rate"], chosen.get("beta"))
+
+
+def ready(family: Family, results: Iterable[dict], stages: Iterable[str] = STAGES) -> list[Spec]:
+    """The runs that can start now, in the order in which they should, those with a result left out."""
+    results = list(results)
+    done = {(r["stage"], r["difficulty"], r["name"], r["seed"]) for r in results}
+    specs = []
+    if "search" in stages:
+        specs += [s for d in family.difficulties for arm in family.arms for s in _search(family, d, arm, results)]
+    for seed in family.seeds:
+        for difficulty in family.difficulties:
+            if "main" in stages:
+                specs += _main(family, difficulty, seed, results)
+            if "ablations" in stages and difficulty == family.ablation_difficulty and seed in family.ablation_seeds:
+                specs += _ablations(family, difficulty, seed, results)
+    return [s for s in specs if (s.stage, s.difficulty, s.name, s.seed) not in done]
+
+
+def _search(family: Family, difficulty: str, arm: str, results: list[dict]) -> list[Spec]:
+    if arm in TUNED_AS:
+        return []
+    start = start_of(family, difficulty, arm, results)
+    if start is None:
+        return []
+    found = []
+    for pair in wanted(family, start, tried(family, difficulty, arm, results)):
+        rate, beta = pair
+        name = f"{arm}-rate_{rate:g}" + ("" if beta is None else f"-beta_{beta:g}")
+        found += [
+            Spec("search", difficulty, name, arm, seed, ARMS[arm] | settings_of(pair)) for seed in family.search_seeds
+        ]
+    return found
+
+
+def _main(family: Family, difficulty: str, seed: int, results: list[dict]) -> list[Spec]:
+    found = []
+    for arm in family.arms:
+        chosen = tuned(family, difficulty, arm, results)
+        if chosen is not None:
+            more = {"num_prompts": more_prompts(family, difficulty)} if arm == "kto_more" else {}
+            found.append(Spec("main", difficulty, arm, arm, seed, ARMS[arm] | chosen | more))
+    return found
+
+
+def _ablations(family: Family, difficulty: str, seed: int, results: list[dict]) -> list[Spec]:
+    found = []
+    for name in family.ablations:
+        arm, changed = ABLATIONS[name]
+        chosen = tuned(family, difficulty, arm, results)
+        if chosen is None:
+            continue
+        if name in TIMES:
+            key, factor = TIMES[name]
+            changed = {key: _rounded(chosen[key] * factor)}
+        found.append(Spec("ablations", difficulty, name, arm, seed, ARMS[arm] | chosen | changed))
+    return found
+
+
+def more_prompts(family: Family, difficulty: str) -> int:
+    """The training prompts of an iteration with which outcome-only KTO sees as many checked completions as the PRM
+    head's seed set has besides the rollouts."""
+    recipe = Recipe(**family.base(difficulty))
+    seed_set = recipe.prm_seed_problems * recipe.prm_seed_generations
+    return recipe.num_prompts + -(-seed_set // (recipe.num_generations * recipe.iterations))
+
+
+def left(family: Family, results: Iterable[dict], stages: Iterable[str] = STAGES) -> dict[str, int]:
+    """How many runs of each stage are still to be done, as far as is known: a search may grow."""
+    results, counts = list(results), {}
+    for stage in stages:
+        done = [r for r in results if r["stage"] == stage]
+        if stage == "search":
+            counts[stage] = len(ready(family, results, ("search",)))
+            continue
+        difficulties = list(family.difficulties) if stage == "main" else [family.ablation_difficulty]
+        names, seeds = (family.arms, family.seeds) if stage == "main" else (family.ablations, family.ablation_seeds)
+        every = {(d, n, s) for d in difficulties for n in names for s in seeds}
+        counts[stage] = len(every - {(r["difficulty"], r["name"], r["seed"]) for r in done})
+    return counts
+
+
+def family_of(name: str) -> Family:
+    """The family of that name; RunError where there is none."""
+    if name not in FAMILIES:
+        raise RunError(f"family is {name!r}: give one of {', '.join(FAMILIES)}")
+    return FAMILIES[name]
