@@ -50,7 +50,15 @@ def uses_vllm(recipe: Recipe) -> bool:
 
 def fits_head(recipe: Recipe) -> bool:
     """Whether the run fits a PRM head, on a seed set or on prm_dataset."""
-    return recipe.prm is None and (needs_seed(recipe) or recipe.prm_dataset is not None)
+    wanted = recipe.prm_audit or recipe.label_source in ("head", "consensus")
+    return samples_seed_set(recipe) or (recipe.prm is None and recipe.prm_dataset is not None and wanted)
+
+
+def samples_seed_set(recipe: Recipe) -> bool:
+    """Whether the run samples a seed set for a PRM head: one that labels, or, for task arithmetic, one that is only
+    audited."""
+    given = recipe.prm is not None or recipe.prm_dataset is not None or recipe.label_source == "dataset"
+    return needs_seed(recipe) or (recipe.task == "arithmetic" and recipe.prm_audit and not given)
 
 
 def trained_parameters(recipe: Recipe, shape: ModelShape) -> int:

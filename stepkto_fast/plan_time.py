@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from .hardware import Rates
 from .model_shape import ModelShape
 from .monte_carlo import CHUNK
-from .plan_memory import Cache, engines, fits_head, micro_batch_tokens, trained_parameters, trains_head, uses_vllm
+from .plan_memory import (
+    Cache,
+    engines,
+    fits_head,
+    micro_batch_tokens,
+    samples_seed_set,
+    trained_parameters,
+    trains_head,
+    uses_vllm,
+)
 from .prm import CACHED_BYTES, HELD_OUT
-from .recipe import Recipe, needs_seed
+from .recipe import Recipe
 from .sampler_transformers import BATCH
 
 ADAM_BYTES = 80  # read and written for each trained weight by an optimizer step of the multi-tensor form
@@ -154,7 +163,7 @@ def _loop(clock: Clock) -> list[Part]:
     rollouts, T = recipe.num_prompts * recipe.num_generations, recipe.iterations
     test, k = recipe.num_test_problems, recipe.num_eval_generations
     parts = []
-    if needs_seed(recipe):
+    if samples_seed_set(recipe):
         seeds = recipe.prm_seed_problems * recipe.prm_seed_generations
         parts.append(Part("seed set", clock.sample(seeds, seeds * p, c), 1, f"{seeds} completions of {c:.0f} tokens"))
         if recipe.prm_labels == "monte_carlo":

@@ -268,6 +268,10 @@ def test_parts_follow_the_label_source():
     assert {*head, "Monte-Carlo labels"} <= names(label_source="consensus")
     assert names(prm="a/head") & head == {"head's labels"}
     assert names(prm_dataset="math-shepherd") & head == {"PRM head", "head's labels"}
+    audited = {"task": "arithmetic", "label_source": "checker"}
+    assert names(**audited, prm_labels="checker") & head == {"seed set", "PRM head", "head's labels"}
+    assert not names(**audited, prm_audit=False) & head
+    assert not names(label_source="monte_carlo", prm_dataset="math-shepherd", prm_audit=False) & head
 
 
 def test_how_often_and_how_much():

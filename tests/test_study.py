@@ -143,6 +143,17 @@ def test_what_the_user_can_mend_is_no_result(study, tmp_path):
     assert not list(tmp_path.glob("**/*.json"))
 
 
+def test_one_study_at_a_time_has_a_folder(tmp_path, capsys):
+    held = "import sys, pathlib, stepkto_fast.atomic as a; a.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    arguments = [sys.executable, "-c", held, str(tmp_path)]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        assert main(["--family", "smoke", "--output_dir", str(tmp_path)]) == 1
+        other.kill()
+    assert f"another study is at work in {tmp_path}" in capsys.readouterr().err
+
+
 def test_what_is_left_is_listed(study, tmp_path, capsys):
     assert main(["--family", "smoke", "--results", str(study / "results"), "--list", "true"]) == 0
     assert capsys.readouterr().out.strip() == "left: 0 search, 0 main, 0 ablations"

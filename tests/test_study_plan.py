@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -18,14 +20,16 @@ from stepkto_fast.study.plan import (
     FAMILIES,
     TIMES,
     Spec,
-    best,
+    climb,
     left,
     more_prompts,
     ready,
     tuned,
-    wanted,
 )
 from stepkto_fast.study.results import counting, digit, first_error, greedy_record, samples_record, write_result
+from stepkto_fast.study.run import prepare_problems, problem_files
+from stepkto_fast.task import open_task
+from stepkto_fast.tasks.arithmetic import read_problems
 
 CPU = FAMILIES["cpu"]
 
@@ -105,39 +109,45 @@ def test_what_has_a_result_is_not_run_again():
     assert first in ready(CPU, found)
     assert first not in ready(CPU, [*found, result(first)])
     counts = left(CPU, found)
-    assert counts == {"search": 0, "main": 2 * 7 * 5, "ablations": 15 * 3}
+    assert counts == {"search": 0, "main": 2 * 7 * 5, "ablations": 16 * 3}
     assert left(CPU, [*found, result(first)]) == counts | {"main": 69}
+    other = result(first) | {"overrides": first.overrides | {"learning_rate": 3e-4}}
+    assert first in ready(CPU, [*found, other]), "what was run with other settings is run again"
 
 
-@given(st.lists(st.floats(0, 1), min_size=300, max_size=300), st.sampled_from(["kto", "rft", "dpo"]))
-def test_the_search_ends_where_no_neighbour_is_better(values, arm):
-    values, tried = iter(values), {}
+@given(st.integers(0, 10**9), st.sampled_from(["kto", "rft"]))
+def test_the_search_ends_where_no_neighbour_is_better_whatever_the_order_of_runs(seed, arm):
+    rng = random.Random(seed)
     start = CPU.rft_start if arm == "rft" else CPU.start
-    assert wanted(CPU, start, tried) == [start]
-    while todo := wanted(CPU, start, tried):
-        assert not set(todo) & set(tried)
-        tried |= {pair: next(values) for pair in todo}
-    rate, beta = best(tried)
-    for factor in (0.5, 2):
-        neighbour = pytest.approx(rate * factor, rel=1e-2)
-        found = [pair for pair in tried if pair[0] == neighbour and pair[1] == beta]
-        low, high = CPU.rate_limits
-        assert found or not low <= rate * factor <= high
-        assert all(tried[pair] <= tried[rate, beta] for pair in found)
-    for factor in (0.2, 5) if beta is not None else ():
-        found = [pair for pair in tried if pair[1] == pytest.approx(beta * factor, rel=1e-2) and pair[0] == rate]
-        low, high = CPU.beta_limits
-        assert found or not low <= beta * factor <= high
-        assert all(tried[pair] <= tried[rate, beta] for pair in found)
+    values: dict = {}
+    ways = []
+    for _ in range(2):
+        tried: dict = {}
+        while todo := climb(CPU, start, tried)[1]:
+            assert not set(todo) & set(tried)
+            pair = rng.choice(todo)  # one after the other, in any order
+            tried[pair] = values.setdefault(pair, rng.randrange(20))
+        ways.append((climb(CPU, start, tried)[0], set(tried)))
+    (here, tried_pairs), other = ways
+    assert (here, tried_pairs) == other
+    rate, beta = here
+    around = [(rate * factor, beta) for factor in (0.5, 2)]
+    around += [(rate, beta * factor) for factor in (0.2, 5)] if beta is not None else []
+    for r, b in around:
+        found = [p for p in tried_pairs if (p[0], p[1] or 0) == pytest.approx((r, b or 0), rel=1e-2)]
+        inside = CPU.rate_limits[0] <= r <= CPU.rate_limits[1]
+        inside &= b is None or CPU.beta_limits[0] <= b <= CPU.beta_limits[1]
+        assert found or not inside
+        assert all(values[p] <= values[here] for p in found)
 
 
 def test_the_second_difficulty_starts_from_what_was_chosen_at_the_first():
     assert {s.difficulty for s in ready(CPU, [])} == {"easy"}
     good = {
-        "kto": (4e-4, 0.5),
-        "dpo": (1e-4, 0.1),
+        "kto": (2e-4, 2.5),
+        "dpo": (5e-5, 0.5),
         "rft": (5e-5, None),
-        "step_kto": (1e-4, 2.5),
+        "step_kto": (1e-4, 12.5),
         "step_only": CPU.start,
     }
     easy: list[dict] = []
@@ -146,12 +156,13 @@ def test_the_second_difficulty_starts_from_what_was_chosen_at_the_first():
             rate, beta = s.overrides["learning_rate"], s.overrides.get("beta")
             far = abs(math.log(rate / good[s.arm][0])) + abs(math.log((beta or 1) / (good[s.arm][1] or 1)))
             easy.append(result(s, 0.9 - 0.05 * far))
-    hard = {s.arm: (s.overrides["learning_rate"], s.overrides.get("beta")) for s in ready(CPU, easy, ("search",))}
-    assert hard == good
+    specs = ready(CPU, easy, ("search",))
+    hard = {s.arm: (s.overrides["learning_rate"], s.overrides.get("beta")) for s in reversed(specs)}
+    assert hard == good, "its own pair first, then the neighbours of it"
 
 
 def test_the_search_chooses_the_best_mean_over_its_seeds_and_counts_failures_as_nothing():
-    family = replace(CPU, search_seeds=(100, 101), rate_limits=(5e-5, 2e-4))
+    family = replace(CPU, search_seeds=(100, 101), rft_rate_limits=(5e-5, 2e-4))
     by_rate = {1e-4: (0.6, 0.6), 5e-5: (0.9, 0.1), 2e-4: (0.95, 0.95)}
     found: list[dict] = []
     while specs := [s for s in ready(family, found, ("search",)) if s.arm == "rft" and s.difficulty == "easy"]:
@@ -174,6 +185,22 @@ def test_arms_with_the_same_loss_have_the_same_settings():
     assert not any(s.arm in plan.TUNED_AS for s in ready(CPU, []))
     found = searched(best=lambda s: s.overrides.get("beta") == 0.1)
     assert tuned(CPU, "hard", "step_kto_prm", found) == tuned(CPU, "hard", "step_kto", found) is not None
+
+
+def test_no_problem_that_is_measured_on_is_trained_on(tmp_path):
+    prepare_problems(CPU, tmp_path)
+    for difficulty in CPU.difficulties:
+        files = problem_files(tmp_path, difficulty)
+        held_out: list[set[str]] = [{p.prompt for p in read_problems(str(path))[0]} for path in files.values()]
+        assert list(map(len, held_out)) == [1000, 500, 1000]
+        assert len(set().union(*held_out)) == 2500
+        for seed in (*CPU.seeds, *CPU.search_seeds):
+            more = {"num_prompts": more_prompts(CPU, difficulty)}
+            recipe = Recipe(**CPU.base(difficulty) | more | {"seed": seed, "test_dataset": str(files["test"])})
+            with closing(open_task(recipe)) as task:
+                problems = task.problems()
+            asked = {p.prompt for p in [*problems.seed, *(p for train in problems.train for p in train)]}
+            assert not asked & set().union(*held_out)
 
 
 def test_an_unknown_family_is_refused():

@@ -7,6 +7,7 @@ runs from their newest checkpoint. At the end docs/study.md and its figures are 
 import os
 import sys
 import time
+from collections import Counter
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -15,12 +16,13 @@ from typing import Any
 
 from rich.console import Console
 
+from ..atomic import hold
 from ..command import run_command
 from ..errors import RunError
 from ..recipe import parse_settings, setting
 from .plan import Spec, family_of, left, ready
 from .results import INITIAL, STAGES, counting, load
-from .run import end_with, logged, prepare_initial, run
+from .run import end_with, logged, prepare_initial, prepare_problems, run
 
 THREADS = "OMP_NUM_THREADS"
 
@@ -81,26 +83,51 @@ class Study:
     def run(self) -> None:
         """Runs all that is ready, and what becomes ready by it, until nothing is left or the time is over."""
         settings, start = self.settings, time.monotonic()
+        self.work.mkdir(parents=True, exist_ok=True)
+        if not hold(self.work):
+            raise RunError(f"another study is at work in {self.work}: wait for its end, or give another output_dir")
+        prepare_problems(self.family, self.work)
         # What a worker does has one thread, and is as fast as two threads that wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when a worker imports torch
         running: dict[Future[tuple[float, str]], str] = {}
+        broken: dict[str, str] = {}
         with ProcessPoolExecutor(
             settings.workers, mp_context=get_context("spawn"), initializer=end_with, initargs=(os.getpid(),)
         ) as pool:
             while True:
                 over = settings.minutes is not None and time.monotonic() - start > 60 * settings.minutes
-                for spec in [] if over else self.ready():
+                for spec in [] if over else [*self.ready(), *self._to_come()]:
                     if len(running) >= settings.workers:
                         break
                     name, call = self._next(spec)
-                    if name not in running.values():
-                        running[pool.submit(logged, self.work / "logs", *call)] = name
+                    if name in running.values() or name in broken or not (spec.name or call[0] is prepare_initial):
+                        continue
+                    running[pool.submit(logged, self.work / "logs", *call)] = name
                 if not running:
                     break
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    name, (seconds, note) = running.pop(future), future.result()
+                    name = running.pop(future)
+                    try:
+                        seconds, note = future.result()
+                    except RunError as error:  # the others go on
+                        broken[name] = str(error)
+                        self.console.print(f"error: {name}: {error}", markup=False, soft_wrap=True)
+                        continue
                     self.console.print(f"{seconds:6.0f} s  {name}  {note}", markup=False, soft_wrap=True)
                     self.console.print(f"          left: {self.left()}", markup=False, soft_wrap=True)
+        if broken:
+            raise RunError(f"{len(broken)} of the runs could not be done, such as {next(iter(broken))}: see above")
+
+    def _to_come(self) -> list[Spec]:
+        """A run without a name for each M_0 that main runs still want: a worker with nothing else to do makes it."""
+        done = Counter((r["difficulty"], r["seed"]) for r in self.found() if r["stage"] == "main")
+        every = [(d, seed) for seed in self.family.seeds for d in self.family.difficulties]
+        wanted = [Spec("main", d, "", "", seed, {}) for d, seed in every if done[d, seed] < len(self.family.arms)]
+        return [
+            spec
+            for spec in wanted
+            if "main" in self.stages and spec.place.startswith(tuple(self.settings.only.split(",")))
+        ]
 
     def _next(self, spec: Spec) -> tuple[str, tuple]:
         """What has to be done next for `spec`, the run or first its M_0: its name, and the call that does it."""

@@ -1,18 +1,18 @@
 """What the study's results say: comparisons in words, ablations beside their base, the search, the head's drift."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..recipe import Recipe
-from .plan import FAMILIES, Family
-from .statistics import METRICS, Estimate, Metric, Run, Study, Where, over_seeds
-from .words import gap, judged, listed, settings_text
+from .plan import ABLATIONS, FAMILIES, Family, Pair, best, tuned
+from .statistics import METRICS, Estimate, Run, Study, Where, over_seeds
+from .words import counted, gap, judged, listed, settings_text
 
 COMMAND = "python -m stepkto_fast.study"
 FAMILY = FAMILIES["cpu"]
+NARROW = 0.05  # no bound of an interval beyond this: what difference there may be is small
 
 
 class Arm(NamedTuple):
@@ -27,7 +27,7 @@ class Arm(NamedTuple):
 ARMS = {
     "rft": Arm("fine-tunes on the model's own right answers", "yes", "no"),
     "kto": Arm("KTO on outcomes alone", "yes", "no"),
-    "kto_more": Arm("`kto` with as many more rollouts as the PRM's seed set has completions", "yes", "no"),
+    "kto_more": Arm("`kto` with more prompts: as many more checked solutions as the PRM's seed set has", "yes", "no"),
     "dpo": Arm("DPO on pairs of a right and a wrong answer", "yes", "no"),
     "step_only": Arm("the step loss alone", "no", "yes"),
     "step_kto": Arm("Step-KTO: outcomes and exact step labels", "yes", "yes"),
@@ -39,8 +39,6 @@ VARIANTS = {
     "points_mismatched": "reference points: KTO's mismatched pairs",
     "step_weight_0.3": "step loss weighs 0.3",
     "step_weight_3": "step loss weighs 3",
-    "step_beta_0.2": "step beta 0.2",
-    "step_beta_1": "step beta 1",
     "step_beta_quarter": "a quarter of the step beta",
     "step_beta_times_4": "four times the step beta",
     "step_sum": "sum over steps instead of the mean",
@@ -52,25 +50,29 @@ VARIANTS = {
     "trunk_policy": "the head reads the policy's states",
     "trunk_trained": "the head trains a copy of the policy",
 }
-BASES = ("kto", "rft")  # what every arm is compared with
-PAIRS = (
-    ("step_kto_prm", "step_kto"),
-    ("step_kto", "kto_more"),
-    ("step_kto_prm", "kto_more"),
-    ("step_kto", "step_only"),
+QUESTIONS = (
+    ("Step labels or none", "step_kto", "kto"),
+    ("Step labels or more prompts", "step_kto", "kto_more"),
+    ("A PRM's labels or none", "step_kto_prm", "kto"),
+    ("A PRM's labels or more prompts", "step_kto_prm", "kto_more"),
+    ("A PRM's labels or exact ones", "step_kto_prm", "step_kto"),
+    ("Step-KTO or fine-tuning on right answers", "step_kto", "rft"),
 )
-TUNED = ("learning_rate", "beta", "step_beta")
+ASKED = ("pass@1", "flawed_correct")  # the metrics of the questions
+DIFFERENCES = ("pass@1", "maj@8", "flawed_correct")  # those of the table of all differences
+# metric -> what it means to be better and worse
+WORDS = {
+    "pass@1": ("a higher Pass@1", "a lower Pass@1"),
+    "flawed_correct": ("fewer flawed right answers", "more flawed right answers"),
+}
 IMAGES = {
     "main": "Pass@1 and flawed right answers by iteration",
     "arms": "All arms by iteration",
     "differences": "Differences from outcome-only KTO",
     "shifted": "Pass@1 on longer chains",
-    "drift": "F1 of the PRM head by iteration",
+    "drift": "AUROC of the PRM head by iteration",
     "ablations": "Ablations: differences from the base",
 }
-NAMES = {
-    "pass@1": "Pass@1", "flawed_correct": "Flawed right answers (fewer are better)", "maj@8": "Maj@8",
-}  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -87,13 +89,18 @@ class Page:
     def arms(self, difficulty: str) -> list[str]:
         return self.study.names("main", difficulty, ARMS)
 
-    def last(self, difficulty: str, stage: str = "main") -> int:
-        """The last model's number."""
-        lengths = (len(r["greedy"]) for r in self.study.records if (r["stage"], r["difficulty"]) == (stage, difficulty))
-        return max([1, *lengths]) - 1
+    def last(self, difficulty: str) -> int:
+        """The last model's number: the iterations that runs were set to, whether or not any came so far."""
+        runs = [r for r in self.study.records if r["stage"] == "main" and r["difficulty"] == difficulty]
+        return max((setting(r, "iterations") for r in runs), default=Recipe.iterations)
 
     def difference(self, difficulty: str, a: str, b: str, metric: str, where: Where = "test") -> Estimate | None:
         return self.study.difference(("main", difficulty, a), ("main", difficulty, b), where, metric)
+
+    def title(self, difficulty: str) -> str:
+        """A difficulty with the lengths of its chains."""
+        few, most = operations(self, difficulty)
+        return f"{difficulty} ({few} to {most} operations)"
 
     def picture(self, name: str) -> list[str]:
         return [f"![{IMAGES[name]}]({self.images[name]})", ""] if name in self.images else []
@@ -104,6 +111,14 @@ def setting(record: dict, key: str) -> Any:
     return record["overrides"].get(key, record["recipe"].get(key, getattr(Recipe, key, None)))
 
 
+def operations(page: Page, difficulty: str) -> tuple[int, int]:
+    """The lengths of the chains of a difficulty."""
+    run = next((r for r in page.study.records if (r["stage"], r["difficulty"]) == ("main", difficulty)), None)
+    if run is None:
+        return page.family.difficulties[difficulty].trained
+    return setting(run, "min_operations"), setting(run, "max_operations")
+
+
 def cost(record: dict) -> float | None:
     """CPU seconds of a run's training; None where a part of them was spent before it was continued."""
     if record.get("resumed") or "failed" in record:
@@ -112,74 +127,129 @@ def cost(record: dict) -> float | None:
 
 
 def of_last(key: str) -> Callable[[dict], float | None]:
-    return lambda record: None if "failed" in record else record["iterations"][-1].get(key)
+    return lambda record: record["iterations"][-1].get(key)
 
 
-def by_verdict(found: Iterable[tuple[str, Estimate]], metric: Metric) -> dict[str, list[str]]:
-    """verdict -> the places that have it, each with its difference."""
-    groups: dict[str, list[str]] = {}
-    for place, e in found:
-        groups.setdefault(judged(e, metric.good), []).append(f"{place} ({gap(e, metric, unit=False)})")
-    return groups
+# ---- comparisons in words ----
 
 
-def compared(page: Page, a: str, b: str, metric: str, where: Where = "test", said: bool = True) -> str | None:
-    """A sentence on a - b over all difficulties; None where nothing can be compared."""
-    found = [(d, e) for d in page.difficulties() if (e := page.difference(d, a, b, metric, where)) is not None]
-    groups = by_verdict(found, METRICS[metric])
-    words = {
-        "better": f"`{a}` is ahead of `{b}` on",
-        "worse": f"`{a}` is behind `{b}` on",
-        "no difference": f"no difference could be shown between `{a}` and `{b}` on",
-        "too few seeds": f"too few seeds for a verdict between `{a}` and `{b}` on",
+class Compared(NamedTuple):
+    """A difference of two arms in one metric at one difficulty."""
+
+    metric: str
+    difficulty: str
+    difference: Estimate
+    verdict: str
+
+
+def compare(page: Page, a: str, b: str, where: Where = "test") -> list[Compared]:
+    """a - b in the metrics of the questions, at each difficulty where a seed of both has finished."""
+    return [
+        Compared(m, d, e, judged(e, METRICS[m].good))
+        for m in ASKED
+        for d in page.difficulties()
+        if (e := page.difference(d, a, b, m, where)) is not None
+    ]
+
+
+def sentence(found: list[Compared], a: str, b: str) -> str:
+    """What the differences a - b show, each with its size."""
+    parts = []
+    for kind, place in (("better", 0), ("worse", 1)):
+        said = _by_metric([x for x in found if x.verdict == kind])
+        if said:
+            parts.append(f"`{a}` has {listed(f'{WORDS[m][place]} ({of})' for m, of in said.items())} than `{b}`")
+    for kind, text in (
+        ("no difference", f"no difference could be shown between `{a}` and `{b}` in"),
+        ("too few seeds", f"too few seeds for a verdict, `{a}` minus `{b}` is so far"),
+    ):
+        said = _by_metric([x for x in found if x.verdict == kind])
+        if said:
+            names = {"pass@1": "Pass@1", "flawed_correct": "flawed right answers"}
+            parts.append(f"{text} {listed(f'{names[m]} ({of})' for m, of in said.items())}")
+    return "; ".join(parts)
+
+
+def _by_metric(found: list[Compared]) -> dict[str, str]:
+    """metric -> the difficulties, each with its difference."""
+    metrics = list(dict.fromkeys(x.metric for x in found))
+    return {
+        m: ", ".join(f"{x.difficulty} {gap(x.difference, METRICS[m])}" for x in found if x.metric == m) for m in metrics
     }
-    phrases = [f"{word} {listed(groups[kind])}" for kind, word in words.items() if kind in groups]
-    return f"{NAMES.get(metric, METRICS[metric].title)}: {'; '.join(phrases)}." if phrases else None
 
 
 def answer(page: Page, a: str, b: str) -> str:
-    """Whether a wins over b, in Pass@1 and in flawed right answers."""
-    found: dict[str, dict[str, list[str]]] = {}
-    for metric, name in (("pass@1", "Pass@1"), ("flawed_correct", "flawed right answers")):
-        for difficulty in page.difficulties():
-            e = page.difference(difficulty, a, b, metric)
-            if e is not None:
-                found.setdefault(judged(e, METRICS[metric].good), {}).setdefault(name, []).append(difficulty)
-    places = {kind: listed(f"{name} ({listed(where)})" for name, where in of.items()) for kind, of in found.items()}
-    ahead, behind, same = (places.get(kind, "") for kind in ("better", "worse", "no difference"))
-    if not (ahead or behind or same):
-        return f"Not answered yet: `{a}` and `{b}` have too few seeds in common."
-    if not (ahead or behind):
-        return f"Not shown: no difference between `{a}` and `{b}` in {same}."
-    parts = [f"`{a}` is ahead of `{b}` in {ahead}"] if ahead else []
-    parts += [f"`{a}` is behind `{b}` in {behind}"] if behind else []
-    parts += [f"no difference could be shown in {same}"] if same else []
-    word = "No" if not ahead else "In part" if behind or same else "Yes"
-    return f"{word}: {'; '.join(parts)}."
+    """Whether a wins over b, by how much, and on how much of what was planned that rests."""
+    found, note = compare(page, a, b), scope(page, a, b)
+    if not found:
+        return f"Not answered yet: no seed of both `{a}` and `{b}` has finished ({note})."
+    kinds = {x.verdict for x in found} - {"too few seeds"}
+    if not kinds:
+        word = "Not answered yet"
+    elif kinds == {"no difference"}:
+        word = "Not shown either way"
+    elif not _complete(page, a, b):
+        word = "So far"
+    elif "better" not in kinds:
+        word = "No"
+    else:
+        word = "Mixed" if "worse" in kinds else "In part" if "no difference" in kinds else "Yes"
+    return f"{word}: {sentence(found, a, b)} ({note})."
+
+
+def scope(page: Page, a: str, b: str) -> str:
+    """How many seeds a - b rests on at each difficulty, of those planned, what is not answered, and what failed."""
+    planned, notes, missing = len(page.family.seeds), [], []
+    for difficulty in _planned(page):
+        e = page.difference(difficulty, a, b, "pass@1")
+        if e is None:
+            missing.append(difficulty)
+        else:
+            notes.append(f"{difficulty}: {e.seeds} of {planned} seeds")
+    if missing:
+        notes.append(f"{listed(missing)} not answered yet")
+    for name in (a, b):
+        runs = [r for d in page.difficulties() for r in page.study.runs("main", d, name).values()]
+        if failed := sum("failed" in r for r in runs):
+            notes.append(f"{counted(failed, 'run')} of `{name}` failed")
+    return "; ".join(notes)
+
+
+def _planned(page: Page) -> list[str]:
+    return list(dict.fromkeys([*page.family.difficulties, *page.difficulties()]))
+
+
+def _complete(page: Page, a: str, b: str) -> bool:
+    """Whether all planned runs of two arms are done, failed or not."""
+    return all(
+        seed in page.study.runs("main", difficulty, name)
+        for difficulty in page.family.difficulties
+        for name in (a, b)
+        for seed in page.family.seeds
+    )
 
 
 def growth(page: Page, a: str, b: str, metric: str) -> str | None:
-    """Whether the lead of a over b grows from M_1 to the last model, in words."""
-    good = METRICS[metric].good
+    """Whether a - b grows or falls from M_1 to the last model, in words."""
     found: dict[str, list[str]] = {}
     for difficulty in page.difficulties():
         last = page.last(difficulty)
         runs: tuple[Run, Run] = ("main", difficulty, a), ("main", difficulty, b)
         e = page.study.change(*runs, 1, last, metric) if last > 1 else None
         if e is not None:
-            kind = judged(e, good)
-            steps = [page.difference(difficulty, a, b, metric, t) for t in range(1, last + 1)]
-            values = [good * x.value for x in steps if x is not None]
-            each = all(x < y for x, y in itertools.pairwise(values))
-            note = f"M_1 to M_{last}, {'growing' if each else 'not growing'} at each iteration"
-            found.setdefault(kind, []).append(f"{difficulty} ({gap(e, METRICS[metric], unit=False)} from {note})")
+            kind = judged(e, 1)
+            found.setdefault(kind, []).append(f"{difficulty} ({gap(e, METRICS[metric])} from M_1 to M_{last})")
     words = {
-        "better": "grows on", "worse": "shrinks on", "no difference": "could not be shown to change on",
+        "better": "grows on", "worse": "falls on", "no difference": "could not be shown to change on",
         "too few seeds": "has too few seeds for a verdict on",
     }  # fmt: skip
     phrases = [f"{word} {listed(found[kind])}" for kind, word in words.items() if kind in found]
-    name = NAMES[metric].partition(" (")[0].replace("Flawed", "flawed")
-    return f"The lead of `{a}` over `{b}` in {name} {'; it '.join(phrases)}." if phrases else None
+    return f"`{a}` minus `{b}` in {METRICS[metric].title} {'; it '.join(phrases)}." if phrases else None
+
+
+def narrow(e: Estimate, planned: int) -> bool:
+    """Whether nothing is shown by all planned seeds and an interval that leaves no room for a large difference."""
+    return e.seeds >= planned and e.sign == 0 and max(abs(e.low), abs(e.high)) <= NARROW
 
 
 def rows_of(page: Page, difficulty: str) -> list[tuple[str, Run]]:
@@ -188,14 +258,25 @@ def rows_of(page: Page, difficulty: str) -> list[tuple[str, Run]]:
     return first + [(f"`{name}`", ("main", difficulty, name)) for name in page.arms(difficulty)]
 
 
-DIFFERENCES = ("pass@1", "maj@8", "pass@8", "flawed_correct", "first_error")
+def pairs(page: Page) -> list[tuple[str, str]]:
+    """Those of the questions, all arms against outcome-only KTO and against RFT, and the step loss alone."""
+    arms = {arm: None for difficulty in page.difficulties() for arm in page.arms(difficulty)}
+    asked = [(a, b) for _, a, b in QUESTIONS]
+    against = [(a, b) for b in ("kto", "rft") for a in arms if a != b and (a, b) != ("kto", "rft")]
+    found = dict.fromkeys([*asked, ("step_kto", "step_only"), *against])
+    return [(a, b) for a, b in found if a in arms and b in arms]
 
 
-def pairs(page: Page, difficulty: str) -> list[tuple[str, str]]:
-    """All arms against each base, then the pairs of their own questions."""
-    arms = page.arms(difficulty)
-    found = [(a, b) for b in BASES if b in arms for a in arms if a != b and (a, b) != BASES]
-    return found + [(a, b) for a, b in PAIRS if a in arms and b in arms]
+def all_differences(page: Page) -> Iterator[Estimate]:
+    """Every difference of last models that a table judges."""
+    for a, b in pairs(page):
+        for difficulty in page.difficulties():
+            yield from (e for m in DIFFERENCES if (e := page.difference(difficulty, a, b, m)) is not None)
+    for v in variants(page):
+        yield from v.differences.values()
+
+
+# ---- the PRM head ----
 
 
 def heads(page: Page) -> list[Run]:
@@ -205,151 +286,184 @@ def heads(page: Page) -> list[Run]:
         for difficulty in page.study.difficulties(stage):
             for name in page.study.names(stage, difficulty, [*ARMS, *VARIANTS]):
                 run = (stage, difficulty, name)
-                if any(_f1(r, t) is not None for r in page.study.runs(*run).values() for t in range(20)):
+                if any(head(page, run, t) is not None for t in range(page.last(difficulty) + 1)):
                     found.append(run)
     return found
 
 
-def _f1(record: dict, iteration: int) -> float | None:
+def _of_head(record: dict, iteration: int, key: str) -> float | None:
     records = record["iterations"]
-    return records[iteration].get("prm_f1") if iteration < len(records) else None
+    return records[iteration].get("prm", {}).get(key) if iteration < len(records) else None
 
 
-def head_f1(page: Page, run: Run, iteration: int) -> Estimate | None:
-    return page.study.over(run, lambda record: _f1(record, iteration))
+def head(page: Page, run: Run, iteration: int, key: str = "auroc") -> Estimate | None:
+    """A figure of the head on test problems' steps, labelled by the exact checker."""
+    return page.study.over(run, lambda record: _of_head(record, iteration, key))
 
 
 def drift_of(page: Page, run: Run) -> tuple[Estimate, int, int] | None:
-    """How much the head's F1 changes from the first to the last model of which it is known, and which those are."""
-    known = [t for t in range(page.last(run[1], run[0]) + 1) if head_f1(page, run, t) is not None]
+    """How much the head's AUROC changes from the first to the last model of which it is known, and which those are.
+
+    AUROC is judged and not F1: that follows how many steps are wrong, which become fewer as the policy learns.
+    """
+    known = [t for t in range(page.last(run[1]) + 1) if head(page, run, t) is not None]
     if len(known) < 2:
         return None
-    ends = [[_f1(r, t) for t in (known[0], known[-1])] for r in page.study.runs(*run).values()]
+    finished = [r for r in page.study.runs(*run).values() if "failed" not in r]
+    ends = [[_of_head(r, t, "auroc") for t in (known[0], known[-1])] for r in finished]
     changes = [last - first for first, last in ends if first is not None and last is not None]
     return (over_seeds(changes), known[0], known[-1]) if changes else None
 
 
 def drift_sentences(page: Page) -> list[str]:
-    """What the change of the head's F1 shows, of the arms."""
+    """What the change of the head's AUROC shows, of the arms."""
     found: dict[str, list[str]] = {}
     for stage, difficulty, name in heads(page):
         if stage == "main" and (change := drift_of(page, (stage, difficulty, name))):
             e, first, last = change
-            kind = {"better": "rises", "worse": "falls"}.get(judged(e, 1), judged(e, 1))
-            found.setdefault(kind, []).append(f"`{name}` on {difficulty} ({_f1_gap(e)} from M_{first} to M_{last})")
+            found.setdefault(judged(e, 1), []).append(f"`{name}` on {difficulty} ({gap(e)} from M_{first} to M_{last})")
     words = {
-        "falls": "Self-labelling drifts: the F1 of the PRM head falls with",
-        "rises": "The F1 of the PRM head rises with",
-        "no difference": "No drift of the PRM head's F1 could be shown with",
-        "too few seeds": "Too few seeds for a verdict on the drift of the PRM head's F1 with",
+        "worse": "Self-labelling drifts: the PRM head tells right from wrong steps less well, its AUROC falls, with",
+        "better": "The PRM head's AUROC rises with",
+        "no difference": "No drift could be shown: the PRM head's AUROC could not be shown to change with",
+        "too few seeds": "Too few seeds for a verdict on the drift of the PRM head's AUROC with",
     }
     return [f"{word} {listed(found[kind])}." for kind, word in words.items() if kind in found]
 
 
-def _f1_gap(e: Estimate) -> str:
-    return f"{e.value:+.3f}" + ("" if math.isnan(e.low) else f" [{e.low:+.3f}, {e.high:+.3f}]")
+# ---- ablations ----
 
 
 class Variant(NamedTuple):
-    """An ablation beside its base, over the seeds that both have."""
+    """An ablation beside its base, over the seeds of which both runs finished. `runs`: of the variant; `failed`: how
+    many of them."""
 
     name: str
     difficulty: str
     base: str
     text: str
     differences: dict[str, Estimate]
-    seeds: int
+    runs: int
+    failed: int
     cost: float | None
+
+    @property
+    def seeds(self) -> int:
+        return max((e.seeds for e in self.differences.values()), default=0)
 
 
 def variants(page: Page) -> list[Variant]:
-    """All ablations that can be compared, in the order of VARIANTS."""
+    """All ablations that have a result, in the order of VARIANTS."""
     found = []
     for difficulty in page.study.difficulties("ablations"):
         for name in page.study.names("ablations", difficulty, VARIANTS):
             run: Run = ("ablations", difficulty, name)
             runs = page.study.runs(*run)
-            base = base_of(next(iter(runs.values())))
-            against: Run = next(
-                (r for r in (("ablations", difficulty, base), ("main", difficulty, base)) if page.study.runs(*r)),
-                ("main", difficulty, base),
-            )
+            some = next(iter(runs.values()))
+            base = some.get("arm") or ("step_kto_prm" if setting(some, "label_source") == "head" else "step_kto")
+            against: Run = ("main", difficulty, base)
             others = page.study.runs(*against)
-            if run == against:
-                continue
-            last = page.last(difficulty, "ablations")
-            differences = {
-                m: e for m in ("pass@1", "flawed_correct") if (e := page.study.difference(run, against, last, m))
-            }
+            differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
             common = sorted(set(runs) & set(others))
             costs = [(x, y) for s in common if (x := cost(runs[s])) and (y := cost(others[s]))]
             changed: dict[str, Any] = {}
             for s in common[:1]:
                 changed = {k: v for k, v in runs[s]["overrides"].items() if setting(others[s], k) != v}
-            text = VARIANTS.get(name) or settings_text(changed or next(iter(runs.values()))["overrides"])
+            text = VARIANTS.get(name) or settings_text(changed or some["overrides"])
             times = sum(x for x, _ in costs) / sum(y for _, y in costs) if costs else None
-            found.append(Variant(name, difficulty, base, text, differences, len(common), times))
+            failed = sum("failed" in r for r in runs.values())
+            found.append(Variant(name, difficulty, base, text, differences, len(runs), failed, times))
     return found
 
 
-def base_of(record: dict) -> str:
-    """The arm that a variant is one of: the file says it; else by who labels its steps."""
-    return record.get("arm") or ("step_kto_prm" if setting(record, "label_source") == "head" else "step_kto")
+def failed_variants(found: list[Variant]) -> list[str]:
+    """A line on those of which runs failed, if any did."""
+    names = [f"`{v.name}` ({v.failed} of {counted(v.runs, 'run')})" for v in found if v.failed]
+    return [f"Failed: {listed(names)}."] if names else []
+
+
+def is_noise(name: str) -> bool:
+    """Whether a variant is no choice that one has: it turns labels over."""
+    return name in ABLATIONS and "step_label_noise" in ABLATIONS[name][1]
+
+
+# ---- the search ----
 
 
 class Tried(NamedTuple):
-    """One setting of the search. `rate`: mean Pass@1 on validation problems, a failed run's 0."""
+    """One setting of the search. `rate`: mean Pass@1 of the last model on validation problems, a failed run's 0.
+    `kl`: its mean KL from M_0, of the runs that finished. `initial`: Pass@1 of M_0."""
 
     arm: str
     difficulty: str
-    values: dict[str, Any]
+    pair: Pair
     seeds: int
     failed: int
     rate: float
-    flawed: Estimate | None
+    kl: float | None
+    initial: float | None
     chosen: bool
 
 
 def searched(page: Page) -> list[Tried]:
+    """All that was tried. Chosen is what the main runs of an arm are set to, before there are any what the search
+    ended with."""
     found = []
+    records = [r for r in page.study.records if r["stage"] == "search"]
     for difficulty in page.study.difficulties("search"):
         for name in page.study.names("search", difficulty):
-            run: Run = ("search", difficulty, name)
-            runs = list(page.study.runs(*run).values())
-            arm = runs[0].get("arm") or max((a for a in ARMS if name.startswith(a)), key=len, default=name)
-            values = {k: runs[0]["overrides"][k] for k in TUNED if k in runs[0]["overrides"]}
+            runs = list(page.study.runs("search", difficulty, name).values())
+            arm, overrides = runs[0]["arm"], runs[0]["overrides"]
+            pair: Pair = overrides["learning_rate"], overrides.get("beta")
+            finished = [r for r in runs if "failed" not in r]
+            right = [_share_right(r["greedy"][-1]) for r in finished]
+            starts = [_share_right(r["greedy"][0]) for r in runs if r["greedy"]]
+            kl = [x for r in finished if (x := r["iterations"][-1].get("kl_from_initial")) is not None]
             main = next(iter(page.study.runs("main", difficulty, arm).values()), None)
-            failed = sum("failed" in r for r in runs)
-            right = [0.0 if "failed" in r else _share_right(r["greedy"][-1]) for r in runs]
-            flawed = page.study.level(run, page.last(difficulty, "search"), "flawed_correct")
-            chosen = main is not None and all(setting(main, k) == v for k, v in values.items())
+            if main is not None:
+                chosen = setting(main, "learning_rate") == pair[0] and pair[1] in (None, setting(main, "beta"))
+            else:
+                settled = search_over(page, difficulty, arm)
+                chosen = settled and best_of(records, difficulty, arm) == pair
             found.append(
-                Tried(arm, difficulty, values, len(runs), failed, sum(right) / len(right), flawed, chosen)
+                Tried(
+                    arm, difficulty, pair, len(runs), len(runs) - len(finished), sum(right) / len(runs),
+                    sum(kl) / len(kl) if kl else None, sum(starts) / len(starts) if starts else None, chosen,
+                )
             )  # fmt: skip
     order = list(ARMS)
+    places = {d: n for n, d in enumerate(page.study.difficulties("search"))}
 
     def place(t: Tried) -> tuple:
-        values = (t.values.get(key) for key in TUNED)
-        return t.difficulty, order.index(t.arm) if t.arm in order else len(order), t.arm, *map(_rank, values)
+        at = order.index(t.arm) if t.arm in order else len(order)
+        return places[t.difficulty], at, t.arm, t.pair[1] or 0.0, t.pair[0]
 
     return sorted(found, key=place)
 
 
-def _rank(x: Any) -> tuple[bool, float, str]:
-    number = isinstance(x, int | float)
-    return not number, float(x) if number else 0.0, str(x)
+def search_over(page: Page, difficulty: str, arm: str) -> bool:
+    """Whether no neighbour of the best setting of an arm is left to be tried."""
+    if difficulty not in page.family.difficulties:
+        return True
+    records = [r for r in page.study.records if r["stage"] == "search"]
+    return tuned(page.family, difficulty, arm, records) is not None
+
+
+def best_of(records: list[dict], difficulty: str, arm: str) -> Pair | None:
+    """The setting of an arm with the highest mean Pass@1 so far."""
+    rates: dict[Pair, list[float]] = {}
+    for r in records:
+        if (r["difficulty"], r["arm"]) == (difficulty, arm):
+            pair: Pair = r["overrides"]["learning_rate"], r["overrides"].get("beta")
+            rates.setdefault(pair, []).append(0.0 if "failed" in r else _share_right(r["greedy"][-1]))
+    return best({pair: math.fsum(x) / len(x) for pair, x in rates.items()}) if rates else None
 
 
 def _share_right(greedy: dict) -> float:
     return greedy["right"].count("1") / len(greedy["right"])
 
 
-def all_differences(page: Page) -> Iterator[tuple[Estimate, int]]:
-    """Every difference that a table judges, with which direction is good."""
-    for difficulty in page.difficulties():
-        for a, b in pairs(page, difficulty):
-            for m in DIFFERENCES:
-                if (e := page.difference(difficulty, a, b, m)) is not None:
-                    yield e, METRICS[m].good
-    for v in variants(page):
-        yield from ((e, METRICS[m].good) for m, e in v.differences.items())
+def pair_text(pair: Pair) -> str:
+    """A setting of the search in words; beta serves outcomes and steps."""
+    rate, beta = pair
+    return f"learning rate {rate:g}" + ("" if beta is None else f", beta {beta:g}")

@@ -42,6 +42,7 @@ ABLATIONS: dict[str, tuple[str, Overrides]] = {
     "noise_05": ("step_kto", {"step_label_noise": 0.05}),
     "noise_10": ("step_kto", {"step_label_noise": 0.10}),
     "noise_20": ("step_kto", {"step_label_noise": 0.20}),
+    "kto_points_mismatched": ("kto", {"reference_points": "mismatched"}),
     "trunk_policy": ("step_kto_prm", {"prm_trunk": "policy"}),
     "trunk_trained": ("step_kto_prm", {"prm_trunk": "trained"}),
 }
@@ -71,9 +72,10 @@ class Family:
     ablation_difficulty: str = "hard"
     arms: tuple[str, ...] = tuple(ARMS)
     ablations: tuple[str, ...] = tuple(ABLATIONS)
-    start: Pair = (1e-4, 0.5)  # of the search at the first difficulty
+    start: Pair = (1e-4, 0.5)  # of the search at the first difficulty: the package's defaults
     rft_start: Pair = (1e-4, None)
     rate_limits: tuple[float, float] = (1e-5, 2e-3)
+    rft_rate_limits: tuple[float, float] = (1e-5, 2e-3)
     beta_limits: tuple[float, float] = (0.02, 15.0)
     test_problems: int = 1000
     validation_problems: int = 500
@@ -86,9 +88,10 @@ class Family:
         return BASE | self.settings | lengths | d.settings
 
     def initial(self, difficulty: str) -> Overrides:
-        """The settings that M_0 is made with: demonstrations of all lengths."""
-        d = self.difficulties[difficulty]
-        return self.base(difficulty) | {"max_operations": d.shifted[1]}
+        """The settings that M_0 is made with: demonstrations of all lengths, from the shortest of the family on."""
+        shortest = min(d.trained[0] for d in self.difficulties.values())
+        lengths = {"min_operations": shortest, "max_operations": self.difficulties[difficulty].shifted[1]}
+        return self.base(difficulty) | lengths
 
 
 @dataclass(frozen=True)
@@ -120,10 +123,11 @@ FAMILIES = {
     for family in (
         Family(
             "cpu",
-            {"engine": "transformers", "device": "cpu", "warm_start_steps": 400, "max_completion_length": 96},
+            # As many steps as it takes until M_0 copies operands without mistakes: what is wrong with it is its facts.
+            {"engine": "transformers", "device": "cpu", "warm_start_steps": 800, "max_completion_length": 96},
             {
                 "easy": Difficulty((4, 6), (7, 9), {"misconceptions": 0.3, "max_completion_length": 64}),
-                "hard": Difficulty((7, 9), (10, 12), {"misconceptions": 0.35, "warm_start_steps": 500}),
+                "hard": Difficulty((7, 9), (10, 12), {"misconceptions": 0.4, "warm_start_steps": 1000}),
             },
         ),
         # 71 million parameters. The times of a run are estimates (docs/study.md): nothing of it ran on a GPU.
@@ -143,6 +147,7 @@ FAMILIES = {
             start=(2e-5, 2.5),
             rft_start=(2e-5, None),
             rate_limits=(1e-5, 4e-5),
+            rft_rate_limits=(1e-5, 8e-5),
             beta_limits=(2.5, 2.5),
         ),
         # Every part of a study in a few minutes on a CPU; what it finds means nothing.
@@ -160,7 +165,9 @@ FAMILIES = {
             ablation_difficulty="short",
             arms=("rft", "kto", "dpo", "step_kto", "step_kto_prm"),
             ablations=("points_lagged", "step_beta_times_4", "noise_20", "trunk_policy"),
+            start=(1e-4, 0.5),
             rate_limits=(1e-4, 1e-4),
+            rft_rate_limits=(1e-4, 1e-4),
             beta_limits=(0.5, 0.5),
             test_problems=20,
             validation_problems=20,
@@ -170,30 +177,32 @@ FAMILIES = {
 }  # fmt: skip
 
 
-def wanted(family: Family, start: Pair, tried: Mapping[Pair, float]) -> list[Pair]:
-    """The pairs that a search still has to try; `tried` holds the Pass@1 of those that were.
+def climb(family: Family, start: Pair, tried: Mapping[Pair, float]) -> tuple[Pair, list[Pair]]:
+    """Where a search stands: the pair that it has come to, and those that it has to try before it can go on.
 
-    A climb: from `start`, the neighbours of the best pair so far are tried, twice and half its learning rate, five
-    times and a fifth of its beta, within the family's limits, until none of them is better.
+    `tried` holds the Pass@1 of pairs. From a pair the search looks at all neighbours, twice and half its learning rate,
+    five times and a fifth of its beta, within the family's limits, and goes to the best of them if that is better. It
+    ends where none is, and its way does not depend on the order in which runs end.
     """
-    if start not in tried:
-        return [start]
-    rate, beta = best(tried)
-    around: list[Pair] = [(_rounded(rate * factor), beta) for factor in (0.5, 2)]
+    here = start
+    while True:
+        around = [here, *_neighbours(family, here)]
+        if missing := [pair for pair in around if pair not in tried]:
+            return here, missing
+        there = max(around, key=lambda pair: tried[pair])  # of equally good ones the first: stay, or lower the rate
+        if there == here:
+            return here, []
+        here = there
+
+
+def _neighbours(family: Family, pair: Pair) -> list[Pair]:
+    rate, beta = pair
+    low, high = family.rate_limits if beta is not None else family.rft_rate_limits
+    found: list[Pair] = [(r, beta) for r in (_rounded(rate / 2), _rounded(rate * 2)) if low <= r <= high]
     if beta is not None:
-        around += [(rate, _rounded(beta * factor)) for factor in (0.2, 5)]
-    return [
-        (r, b)
-        for r, b in around
-        if (r, b) not in tried
-        and family.rate_limits[0] <= r <= family.rate_limits[1]
-        and (b is None or family.beta_limits[0] <= b <= family.beta_limits[1])
-    ]
-
-
-def best(tried: Mapping[Pair, float]) -> Pair:
-    """The pair with the highest Pass@1; of equally good ones that with the smaller learning rate."""
-    return max(tried, key=lambda pair: (tried[pair], -pair[0]))
+        low, high = family.beta_limits
+        found += [(rate, b) for b in (_rounded(beta / 5), _rounded(beta * 5)) if low <= b <= high]
+    return found
 
 
 def _rounded(x: float) -> float:
@@ -223,10 +232,11 @@ def tried(family: Family, difficulty: str, arm: str, results: Iterable[dict]) ->
 def tuned(family: Family, difficulty: str, arm: str, results: Iterable[dict]) -> Overrides | None:
     """The settings that the search chose for an arm, or None while it is not over."""
     searched, results = TUNED_AS.get(arm, arm), list(results)
-    start, found = start_of(family, difficulty, searched, results), tried(family, difficulty, searched, results)
-    if start is None or wanted(family, start, found):
+    start = start_of(family, difficulty, searched, results)
+    if start is None:
         return None
-    return settings_of(best(found))
+    chosen, missing = climb(family, start, tried(family, difficulty, searched, results))
+    return None if missing else settings_of(chosen)
 
 
 def start_of(family: Family, difficulty: str, arm: str, results: Iterable[dict]) -> Pair | None:
@@ -242,8 +252,8 @@ def start_of(family: Family, difficulty: str, arm: str, results: Iterable[dict])
 def ready(family: Family, results: Iterable[dict], stages: Iterable[str] = STAGES) -> list[Spec]:
     """The runs that can start now, in the order in which they should, those with a result left out."""
     results = list(results)
-    done = {(r["stage"], r["difficulty"], r["name"], r["seed"]) for r in results}
-    specs = []
+    done = {(r["stage"], r["difficulty"], r["name"], r["seed"]): r["overrides"] for r in results}
+    specs: list[Spec] = []
     if "search" in stages:
         specs += [s for d in family.difficulties for arm in family.arms for s in _search(family, d, arm, results)]
     for seed in family.seeds:
@@ -252,7 +262,8 @@ def ready(family: Family, results: Iterable[dict], stages: Iterable[str] = STAGE
                 specs += _main(family, difficulty, seed, results)
             if "ablations" in stages and difficulty == family.ablation_difficulty and seed in family.ablation_seeds:
                 specs += _ablations(family, difficulty, seed, results)
-    return [s for s in specs if (s.stage, s.difficulty, s.name, s.seed) not in done]
+    # A result with other settings (the search chose others since, or the plan was changed) is done again.
+    return [s for s in specs if done.get((s.stage, s.difficulty, s.name, s.seed)) != s.overrides]
 
 
 def _search(family: Family, difficulty: str, arm: str, results: list[dict]) -> list[Spec]:
@@ -262,7 +273,7 @@ def _search(family: Family, difficulty: str, arm: str, results: list[dict]) -> l
     if start is None:
         return []
     found = []
-    for pair in wanted(family, start, tried(family, difficulty, arm, results)):
+    for pair in climb(family, start, tried(family, difficulty, arm, results))[1]:
         rate, beta = pair
         name = f"{arm}-rate_{rate:g}" + ("" if beta is None else f"-beta_{beta:g}")
         found += [

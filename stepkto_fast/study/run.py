@@ -38,24 +38,23 @@ TOKENS_A_STEP = 7  # of a written step, the answer line included
 PROBLEMS = ("test", "validation", "shifted")
 
 
-def prepare_problems(family: Family, difficulty: str, folder: Path) -> dict[str, Path]:
-    """Writes the problems that are never trained on, one JSONL file each of `PROBLEMS`, and returns their places.
+def problem_files(work: Path, difficulty: str) -> dict[str, Path]:
+    """Where the problems of a difficulty lie that are never trained on: a JSONL file for each of `PROBLEMS`."""
+    return {name: work / "problems" / difficulty / f"{name}.jsonl" for name in PROBLEMS}
 
-    They depend on the family and the difficulty alone.
-    """
-    d, level = family.difficulties[difficulty], Recipe(**family.base(difficulty)).level
-    found = {}
-    for name in PROBLEMS:
-        first, last = d.shifted if name == "shifted" else d.trained
-        count = family.validation_problems if name == "validation" else family.test_problems
-        rows = arithmetic.problems(count, f"study {name}", level, range(first, last + 1))
-        path = folder / "problems" / difficulty / f"{name}.jsonl"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished:
-            text = "".join(json.dumps({"prompt": p.prompt, "answer": str(p.answer)}) + "\n" for p in rows)
-            unfinished.write_text(text, "utf-8")
-        found[name] = path
-    return found
+
+def prepare_problems(family: Family, work: Path) -> None:
+    """Writes those files of all difficulties, before any worker reads one."""
+    for difficulty, d in family.difficulties.items():
+        level = Recipe(**family.base(difficulty)).level
+        for name, path in problem_files(work, difficulty).items():
+            first, last = d.shifted if name == "shifted" else d.trained
+            count = family.validation_problems if name == "validation" else family.test_problems
+            rows = arithmetic.problems(count, f"study {name}", level, range(first, last + 1))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as unfinished:
+                text = "".join(json.dumps({"prompt": p.prompt, "answer": str(p.answer)}) + "\n" for p in rows)
+                unfinished.write_text(text, "utf-8")
 
 
 def end_with(parent: int) -> None:
@@ -84,7 +83,7 @@ def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> st
     place = Path(INITIAL) / difficulty / f"seed_{seed}"
     folder, result = work / place, results / place.with_suffix(".json")
     start, cpu = time.monotonic(), time.process_time()
-    problems = prepare_problems(family, difficulty, work)
+    problems = problem_files(work, difficulty)
     every = work / "problems" / difficulty / f"held_out_{seed}.jsonl"
     with replacing(every) as unfinished:  # no demonstration is of a problem that anything is measured on
         unfinished.write_text("".join(path.read_text("utf-8") for path in problems.values()), "utf-8")
@@ -92,6 +91,7 @@ def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> st
     recipe = Recipe(
         **family.initial(difficulty) | {"seed": seed, "test_dataset": str(every), "num_test_problems": count}
     )
+    before = json.loads(result.read_text("utf-8")).get("weights") if result.exists() else None
     if not folder.exists():
         with closing(open_task(recipe)) as task:
             model, tokenizer = make_initial_policy(recipe, task, task.problems(), lambda step, loss: None)
@@ -107,7 +107,8 @@ def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> st
         result,
     )  # fmt: skip
     solved = found["test"]["greedy"]["right"]
-    return f"{solved.count('1') / len(solved):.1%}"
+    note = f"{solved.count('1') / len(solved):.1%}"
+    return note if before in (None, weights(folder)) else f"{note}; other weights than before: its runs start anew"
 
 
 def weights(folder: Path) -> str:
@@ -120,7 +121,7 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
     cannot be trained on (TrainingError) is a result, too: `failed`. Its directory stays with `keep`."""
     family = family_of(of_family)
     start, cpu = time.monotonic(), time.process_time()
-    problems = prepare_problems(family, spec.difficulty, work)
+    problems = problem_files(work, spec.difficulty)
     folder, initial = work / "runs" / spec.place, work / INITIAL / spec.difficulty / f"seed_{spec.seed}"
     settings = family.base(spec.difficulty) | spec.overrides | {
         "name": spec.place, "seed": spec.seed, "model": str(initial), "output_dir": str(folder),
@@ -137,7 +138,11 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
         summary = train(recipe)
         records, seconds = summary["iterations"], summary["phase_seconds"]
     except TrainingError as error:
-        records, seconds, result["failed"] = metric_lines(folder, "step_accuracy"), {}, str(error)
+        records, seconds, result["failed"] = (
+            metric_lines(folder, "step_accuracy"),
+            {},
+            str(error).replace(str(folder), "RUN"),
+        )
     result |= {
         "iterations": [without_bins(record) for record in records],
         "rollouts": metric_lines(folder, "completions/mean_length"),

@@ -8,7 +8,8 @@ two kinds of chance, another seed and another set of problems, and is the hull o
   pigeonhole bootstrap, Owen 2007, doi 10.1214/07-AOAS122), the same draws for all arms;
 - Student's t interval of the seeds' own values: the bootstrap of five seeds alone is too narrow.
 
-A difference counts as shown where both exclude 0, which is where their hull does.
+A difference counts as shown where both exclude 0, which is where their hull does. One seed has no interval: other
+problems alone are not what the study is asked about.
 """
 
 import math
@@ -59,28 +60,34 @@ def contrast(
 
     Args:
         terms: (weight, values) with values (seeds, problems, 2), whose ratio is that of the two sums over both axes, as
-            in `estimators.ratio`. All have the same seeds and problems in the same order.
+            in `estimators.ratio`. All have the same seeds and problems in the same order. A seed where any of them has
+            no ratio counts in none.
         seed: of the draws; all calls with as many seeds and problems have the same draws.
         share: the value lies in [0, 1], and so does the interval.
 
     Returns:
-        The hull of both intervals; of the bootstrap alone where fewer than two seeds have a value.
+        The hull of both intervals; none where fewer than two seeds have a value.
 
     Raises:
         ValueError: where terms differ in shape.
     """
     if len(shapes := {np.shape(values) for _, values in terms}) != 1:
         raise ValueError(f"terms need values of one shape (seeds, problems, 2), got {sorted(shapes)}")
-    value = sum(weight * float(ratio(values.sum(axis=0))) for weight, values in terms)
     of_seeds = np.array(sum(weight * ratio(values) for weight, values in terms), dtype=float)
-    intervals = [_bootstrap(terms, seed, resamples, level), t_interval(of_seeds, level)]
-    known = [x for x in intervals if not math.isnan(x[0])]
-    low, high = (min(x[0] for x in known), max(x[1] for x in known)) if known else (math.nan, math.nan)
-    if share and known:
-        low, high = max(low, 0.0), min(high, 1.0)
+    has_value = ~np.isnan(of_seeds)
+    terms, of_seeds = [(weight, values[has_value]) for weight, values in terms], of_seeds[has_value]
+    if not len(of_seeds):
+        return Estimate(math.nan, math.nan, math.nan, 0)
+    value = sum(weight * float(ratio(values.sum(axis=0))) for weight, values in terms)
+    low = high = math.nan
+    if len(of_seeds) > 1:
+        intervals = [_bootstrap(terms, seed, resamples, level), t_interval(of_seeds, level)]
+        low, high = min(x[0] for x in intervals), max(x[1] for x in intervals)
+        if share:
+            low, high = max(low, 0.0), min(high, 1.0)
     # What is 0 but for the rounding of sums is 0.
     value, low, high = (round(x, 12) + 0.0 for x in (value, low, high))
-    return Estimate(value, low, high, int((~np.isnan(of_seeds)).sum()))
+    return Estimate(value, low, high, len(of_seeds))
 
 
 def over_seeds(values: ArrayLike, level: float = 0.95) -> Estimate:
@@ -128,8 +135,6 @@ def _t_within(angle: float, df: int) -> float:
 
 def _bootstrap(terms: Sequence[Term], seed: int, resamples: int, level: float) -> tuple[float, float]:
     seeds, problems, _ = terms[0][1].shape
-    if not (seeds and problems):
-        return math.nan, math.nan
     # (problems, seeds * 2): one product with the problems' counts sums each resample over problems.
     flat = [(weight, np.swapaxes(values, 0, 1).reshape(problems, -1)) for weight, values in terms]
     rows = max(1, CHUNK // problems)
@@ -142,10 +147,7 @@ def _bootstrap(terms: Sequence[Term], seed: int, resamples: int, level: float) -
         sums = [(w, (of_seeds * (of_problems @ x).reshape(many, seeds, 2)).sum(1, keepdims=True)) for w, x in flat]
         found.append(np.asarray(sum(weight * ratio(x) for weight, x in sums)))
     every = np.concatenate(found)
-    every = every[~np.isnan(every)]
-    if not len(every):
-        return math.nan, math.nan
-    low, high = np.quantile(every, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.nanquantile(every, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
@@ -224,7 +226,8 @@ class Study:
     """The results with what is computed of them, each figure once.
 
     A run is addressed by stage, difficulty and name; `where` is an iteration's greedy evaluation, or the last model's
-    on the `test` or the `shifted` problems. Seeds whose run failed before it count nowhere.
+    on the `test` or the `shifted` problems. Seeds whose run failed count nowhere, not as far as they came either: all
+    iterations of an arm are of the same seeds.
     """
 
     records: Sequence[dict]
@@ -271,7 +274,7 @@ class Study:
 
     def over(self, run: Run, of: Callable[[dict], Any]) -> Estimate | None:
         """The mean over seeds of a number of each result; None where no result has it."""
-        values = [of(record) for record in self.runs(*run).values()]
+        values = [of(record) for record in self.runs(*run).values() if "failed" not in record]
         known = [float(x) for x in values if x is not None]
         return over_seeds(known) if known else None
 
@@ -295,12 +298,13 @@ class Study:
 
 
 def evaluation(record: dict, where: Where, metric: Metric) -> dict | None:
-    """The evaluation of a result that a metric is of; None where it was not made."""
+    """The evaluation of a result that a metric is of; None where it was not made, and of a failed run."""
+    if "failed" in record:
+        return None
+    greedy = record.get("greedy", [])
     if isinstance(where, int):
-        if metric.sampled or where >= len(record.get("greedy", [])):
-            return None
-        return record["greedy"][where]
+        return None if metric.sampled or where >= len(greedy) else greedy[where]
+    if where == "test" and greedy and not metric.sampled:
+        return greedy[-1]
     found = sampled(record).get(where)
-    if found is None and where == "test" and not metric.sampled and "failed" not in record:
-        return record["greedy"][-1]
     return found if found is None or metric.sampled else found["greedy"]

@@ -8,29 +8,38 @@ from typing import Any
 from .statistics import Estimate, Metric
 
 
-def level(e: Estimate | None, metric: Metric | None = None, digits: int = 1) -> str:
-    """A value with its interval, shares in per cent; empty where there is none."""
-    if e is None or math.isnan(e.value):
-        return ""
-    scale = 100.0 if metric is None or metric.share else 1.0
-    value, low, high = (f"{scale * x:.{digits}f}" for x in e[:3])
-    return value if math.isnan(e.low) else f"{value} [{low}, {high}]"
+def fixed(x: float, digits: int, sign: bool = False) -> str:
+    """A number with so many digits, no minus before 0."""
+    x = round(x, digits) + 0.0
+    return f"{x:+.{digits}f}" if sign else f"{x:.{digits}f}"
 
 
 def plain(e: Estimate | None, digits: int = 1) -> str:
-    """As `level`, of what is no share."""
-    return level(e and Estimate(e.value / 100, e.low / 100, e.high / 100, e.seeds), None, digits)
+    """A value with its interval; empty where there is none."""
+    if e is None or math.isnan(e.value):
+        return ""
+    value, low, high = (fixed(x, digits) if not math.isnan(x) else "" for x in e[:3])
+    return f"{value} [{low}, {high}]" if low else value
 
 
-def gap(e: Estimate, metric: Metric, unit: bool = True) -> str:
-    """A difference with its interval, shares in percentage points; no bound is rounded to 0 that is none."""
-    scale = 100.0 if metric.share else 1.0
-    digits = 1 if metric.share else 2
+def level(e: Estimate | None, metric: Metric | None = None, digits: int = 1) -> str:
+    """As `plain`, shares in per cent, between 0 and 100; without a metric it is a share."""
+    if e is None or not (metric is None or metric.share):
+        return plain(e, digits)
+    low, high = (min(max(x, 0.0), 1.0) if not math.isnan(x) else x for x in (e.low, e.high))
+    return plain(Estimate(100 * e.value, 100 * low, 100 * high, e.seeds), digits)
+
+
+def gap(e: Estimate, metric: Metric | None = None, unit: bool = True) -> str:
+    """A difference with its interval, of shares in percentage points; no bound is rounded to 0 that is none. Without a
+    metric it is one of shares."""
+    share = metric is None or metric.share
+    scale, digits = (100.0, 1) if share else (1.0, 2)
     if any(0 < abs(scale * x) < 0.5 * 10**-digits for x in (e.low, e.high)):
         digits += 1
-    value, low, high = (f"{scale * x:+.{digits}f}" for x in e[:3])
-    points = " points" * (unit and metric.share)
-    return f"{value}{points}" if math.isnan(e.low) else f"{value}{points} [{low}, {high}]"
+    value, low, high = (fixed(scale * x, digits, True) if not math.isnan(x) else "" for x in e[:3])
+    points = " points" * (unit and share)
+    return f"{value}{points} [{low}, {high}]" if low else f"{value}{points}"
 
 
 def judged(e: Estimate, good: int) -> str:
@@ -49,6 +58,10 @@ def counted(many: int, noun: str) -> str:
 
 def code(names: Iterable[str]) -> str:
     return listed(f"`{name}`" for name in names)
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
 
 
 def paragraph(text: str) -> list[str]:
@@ -87,9 +100,10 @@ def settings_text(overrides: Mapping[str, Any]) -> str:
     return ", ".join(f"`{key}: {value}`" for key, value in sorted(overrides.items()))
 
 
-def shown(e: Estimate | None, metric: Metric) -> str:
-    """A table's cell of a difference."""
+def shown(e: Estimate | None, metric: Metric, planned: int) -> str:
+    """A table's cell of a difference, in bold where it is shown, with its seeds where fewer than `planned` enter."""
     if e is None:
         return ""
     text, verdict = gap(e, metric, unit=False), judged(e, metric.good)
-    return f"**{text} {verdict}**" if verdict in ("better", "worse") else text
+    few = f" ({counted(e.seeds, 'seed')})" if e.seeds < planned else ""
+    return f"**{text} {verdict}**{few}" if verdict in ("better", "worse") else f"{text}{few}"
