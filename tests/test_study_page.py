@@ -1,6 +1,7 @@
 """The study's page on results made by hand: it finds what was planted and nothing else, whatever is missing."""
 
 import json
+import math
 import re
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from stepkto_fast.errors import RunError
 from stepkto_fast.study import page
 from stepkto_fast.study.findings import ARMS
 from stepkto_fast.study.pictures import pictures
+from stepkto_fast.study.plan import ready, tuned
 from stepkto_fast.study.results import DIGITS, VERSION, load
-from stepkto_fast.study.statistics import Study
+from stepkto_fast.study.statistics import Estimate, Study
 
 ITERATIONS = 3
 # What an arm adds to M_0's logits after three iterations: of right answers, and of answers without a flaw.
@@ -28,8 +30,8 @@ NULL = dict.fromkeys(PLANTED, (0.8, 0.3))
 class Maker:
     """Writes result files below `folder`: solutions of `problems` problems with effects of seeds and of problems."""
 
-    def __init__(self, folder, problems=250, effects=None):
-        self.folder, self.problems, self.effects = folder, problems, effects or PLANTED
+    def __init__(self, folder, problems=250, effects=None, drift=0.04):
+        self.folder, self.problems, self.effects, self.drift = folder, problems, effects or PLANTED, drift
         self.hardness = np.random.default_rng(7).normal(size=problems)
 
     def evaluation(self, rng, right, clean, problems):
@@ -52,35 +54,46 @@ class Maker:
             "samples_right": "".join(map(str, hits)), "majority_right": "".join(str(int(x > 4)) for x in hits),
         }  # fmt: skip
 
+    def start(self, difficulty, seed):
+        """M_0's logit of right answers, and its greedy solutions."""
+        rng = np.random.default_rng([seed, 99])
+        logit = (0.6 if difficulty == "easy" else -0.2) + 0.1 * rng.normal()
+        return logit, self.evaluation(rng, logit, 0.5, self.problems)
+
+    def head(self, t, chance):
+        """The head's figures of M_t: by default AUROC falls."""
+        auroc = 0.95 - self.drift * t + 0.01 * chance
+        return {"f1": 0.9 - 0.1 * t, "precision": 0.8, "recall": 0.85, "auroc": auroc, "ece": 0.1, "threshold": 0.5}
+
     def run(self, stage, difficulty, name, seed, arm=None, effect=None, **more):
         arm = arm or name
         right, clean = effect or self.effects[arm]
-        level = 0.6 if difficulty == "easy" else -0.2
         of_run = np.random.default_rng([seed, sum(map(ord, stage + difficulty + name))])
-        first = np.random.default_rng([seed, 99])
-        start = level + 0.1 * first.normal()
+        start, first = self.start(difficulty, seed)
         noise = 0.05 * of_run.normal(size=2)
-        greedy, head = [self.evaluation(first, start, 0.5, self.problems)], arm == "step_kto_prm"
+        greedy, head = [first], arm == "step_kto_prm"
         for t in range(1, ITERATIONS + 1):
             share = t / ITERATIONS
             logits = start + share * right + noise[0], 0.5 + share * clean + noise[1]
             greedy.append(self.evaluation(of_run, *logits, self.problems))
         iterations = [
             {"iteration": t, "pass@1": greedy[t]["right"].count("1") / self.problems, "flawed_correct": 0.1,
-             "step_accuracy": 0.9 + 0.02 * t, "prm_f1": 0.9 - 0.04 * t + 0.01 * of_run.random() if head else None,
-             "kl_from_initial": 0.5 * t, "completion_length": 40.0, "truncated": 0.0}
+             "step_accuracy": 0.9 + 0.02 * t, "kl_from_initial": 0.5 * t, "completion_length": 40.0, "truncated": 0.0,
+             "prm": self.head(t, of_run.random()) if head else {}}
             for t in range(ITERATIONS + 1)
         ]  # fmt: skip
         rollouts = [
             {"accuracy": 0.5, "truncated": 0.0, "step_labels/right": 0.9, "step_labels/labelled": 1.0,
-             "prm/f1": 0.8 if head else None, "prm/precision": 0.85 if head else None,
-             "prm/recall": 0.75 if head else None, "completions/mean_length": 40.0, "completions/mean_steps": 6.0}
+             "prm/auroc": 0.85 if head else None, "completions/mean_length": 40.0, "completions/mean_steps": 6.0}
             for _ in range(ITERATIONS)
         ]  # fmt: skip
         overrides = {"learning_rate": 1e-4, "beta": 0.5, "step_beta": 0.5}
         record = {
             "stage": stage, "difficulty": difficulty, "name": name, "arm": arm, "seed": seed, "overrides": overrides,
-            "recipe": {"num_prompts": 300, "max_operations": 6 if difficulty == "easy" else 9, "hidden_size": 64},
+            "recipe": {
+                "num_prompts": 300, "engine": "transformers", "max_operations": 6 if difficulty == "easy" else 9,
+                "hidden_size": 64,
+            },
             "versions": {"torch": "2.13"}, "machine": "Test CPU, 1 thread", "cpu_seconds": 200.0,
             "train_cpu_seconds": 100.0 if stage == "main" else 130.0, "seconds": 210.0, "initial_weights": f"w{seed}",
             "iterations": iterations, "rollouts": rollouts, "greedy": greedy,
@@ -98,7 +111,7 @@ class Maker:
         record = {
             "difficulty": difficulty, "seed": seed, "recipe": {}, "seconds": 9.0, "cpu_seconds": 9.0,
             "weights": f"w{seed}",
-            "test": self.samples(rng, 0.2, 0.5, self.problems),
+            "test": self.samples(rng, 0.2, 0.5, self.problems) | {"greedy": self.start(difficulty, seed)[1]},
             "shifted": self.samples(rng, -0.8, -0.5, self.problems - 20),
         }  # fmt: skip
         return self.write(record)
@@ -156,17 +169,28 @@ def part(text: str, title: str) -> str:
     return " ".join(found[1].split())
 
 
+def table_of(text: str, title: str) -> dict[str, list[str]]:
+    """The rows of a section's tables: first cell -> the others."""
+    lines = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0].splitlines()
+    rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("| `")]
+    return {row[0]: row[1:] for row in rows}
+
+
 def test_the_planted_winner_is_found(whole):
     text = text_of(whole)
     short = part(text, "In short")
-    assert (
-        "Yes: `step_kto` is ahead of `kto` in Pass@1 (easy and hard) and flawed right answers (easy and hard)." in short
+    assert re.match(
+        r"\*\*Yes: `step_kto` has a higher Pass@1 \(easy \+[\d.]+ points \[.*?\], hard \+.*?\) and fewer flawed right "
+        r"answers \(easy -.*?\) than `kto`\. Seeds: easy 5 of 5 and hard 5 of 5\.\*\*",
+        short,
     )
-    assert "Pass@1: `step_kto` is ahead of `kto` on easy (+" in short
-    assert "The lead of `step_kto` over `kto` in Pass@1 grows on easy" in short
-    assert "Self-labelling drifts: the F1 of the PRM head falls with `step_kto_prm` on easy" in short
-    assert "no difference could be shown between `step_kto_prm` and `step_kto`" in short
-    assert "If steps can be checked, label them" in part(text, "Advice")
+    assert "With the step labels of a PRM head? Yes: `step_kto_prm` has a higher Pass@1" in short
+    rows = {line.split(":")[0]: line for line in text.splitlines() if line.startswith(("| Step", "| A PRM"))}
+    assert rows["| Step labels or none"].count("better**") == 4
+    assert "**" not in rows["| A PRM's labels or exact ones"]
+    assert "`step_kto` minus `kto` from M_1 on: in Pass@1 it grows on easy (+" in part(text, "Results")
+    assert "; in flawed right answers it falls on easy (-" in part(text, "Results")
+    assert "Pass@1, easy and hard: label steps where they can be checked (+" in part(text, "Advice")
     assert "the paper's sign at M_1, M_2 and M_3, shown at" in part(text, "Against the paper")
     for section in ("What has been run", "Results", "Longer chains", "Ablations", "Search", "Limits"):
         assert part(text, section)
@@ -177,24 +201,28 @@ def test_the_planted_winner_is_found(whole):
 def test_a_null_shows_nothing(tmp_path):
     Maker(tmp_path, effects=NULL).study()
     text = text_of(tmp_path)
-    assert "Not shown: no difference between `step_kto` and `kto` in Pass@1 (easy and hard)" in part(text, "In short")
-    assert "is ahead of" not in part(text, "In short")
-    assert "is behind" not in part(text, "In short")
-    assert "no effect could be shown" in part(text, "Advice")
+    short = part(text, "In short")
+    assert "Not shown either way: no difference could be shown between `step_kto` and `kto` in Pass@1 (easy" in short
+    for word in ("a higher", "a lower", "fewer flawed", "more flawed", "better**", "worse**"):
+        assert word not in short
+    assert "label steps" not in part(text, "Advice")
     assert "could not be shown to change" in part(text, "Results")
+    assert "flawed right answers could not be shown to change with `kto` (" in part(text, "Against the paper")
+    assert "show no change" not in text
 
 
 def test_a_planted_loser_is_behind(tmp_path):
     Maker(tmp_path, effects={"kto": (2.0, 2.0), "step_kto": (0.4, 0.2)}).study()
     text = text_of(tmp_path)
-    assert "No: `step_kto` is behind `kto` in" in part(text, "In short")
-    assert "Watch Pass@1 when you add step labels: it falls" in part(text, "Advice")
+    assert "No: `step_kto` has a lower Pass@1 (easy -" in part(text, "In short")
+    assert " and more flawed right answers (easy +" in part(text, "In short")
+    assert "Pass@1, easy and hard: watch Pass@1 when you label steps (-" in part(text, "Advice")
     assert "the opposite is shown at" in part(text, "Against the paper")
 
 
 def test_levels_and_counts_are_those_of_the_files(whole):
     records = [r for r in load(whole) if (r["stage"], r["difficulty"], r["name"]) == ("main", "easy", "kto")]
-    right = "".join(r["final"]["test"]["greedy"]["right"] for r in records)
+    right = "".join(r["greedy"][-1]["right"] for r in records)
     flawed = sum(
         x == "1" and first != "0"
         for r in records
@@ -206,45 +234,223 @@ def test_levels_and_counts_are_those_of_the_files(whole):
     assert f"| {100 * flawed / right.count('1'):.1f} [" in row
     # 300 prompts of 8 completions, 3 iterations, 6 steps each; the checker's labels only where the arm has them.
     outcomes, steps = f"{300 * 8 * 3:,}", f"{300 * 8 * 3 * 6:,}"
-    labels = {line.split(" | ")[1]: line for line in text.splitlines() if "300 x 8" in line and "| easy" in line}
-    assert f"| {outcomes} | {steps} | no | 100 [" in labels["`step_kto`"]
-    assert f"| {outcomes} | no | 2,400 completions | 100 [" in labels["`step_kto_prm`"]
-    assert f"| no | {steps} | no | 100 [" in labels["`step_only`"]
+    labels = {line.split(" | ")[0]: line for line in text.splitlines() if "300 x 8" in line}
+    assert f"| {outcomes} | {steps} | no | 100 [" in labels["| `step_kto`"]
+    assert f"| {outcomes} | no | 2,400 solutions, about 14,400 step labels | 100 [" in labels["| `step_kto_prm`"]
+    assert f"| no | {steps} | no | 100 [" in labels["| `step_only`"]
     assert "250 |" in part(text, "Method")
+    assert "matched with more prompts by checked solutions, not by labels" in part(text, "Method")
+    assert "`engine: transformers`: for a model this small on one core faster than vLLM" in part(text, "Method")
 
 
 def test_ablations_are_beside_their_base_over_common_seeds(whole, tmp_path):
-    found = part(text_of(whole), "Ablations")
-    rows = {
-        line[0]: line for line in re.findall(r"(`[a-z_0-9]+`) \| (.*?) \| hard \| (.*?) \| (\d) \| (.*?) \|", found)
-    }
-    assert rows["`points_exact`"][2:4] == ("`step_kto`", "3")
-    assert rows["`points_exact`"][1] == "reference points: exact KL"
-    assert rows["`noise_20`"][4].endswith("worse**")
-    assert "better" not in rows["`points_exact`"][4]
-    assert found.count("1.30x") == 3
+    found = table_of(text_of(whole), "Ablations")
+    assert found["`points_exact`"][:4] == ["reference points: exact KL", "hard", "`step_kto`", "3"]
+    assert found["`noise_20`"][4].endswith("worse**")
+    assert "better" not in found["`points_exact`"][4]
+    assert [row[6] for row in found.values()] == ["1.30x"] * 3
     Maker(tmp_path).study(("hard",), seeds=2).ablations(("a_name_of_its_own",))
-    found = part(text_of(tmp_path), "Ablations")
-    assert "| `a_name_of_its_own` | `reference_points: exact` | hard | `step_kto` | 2 |" in found
+    found = table_of(text_of(tmp_path), "Ablations")
+    expected = ["`reference_points: exact`", "hard", "`step_kto`", "2"]
+    assert found["`a_name_of_its_own`"][:4] == expected
+    assert "(2 seeds)" in found["`a_name_of_its_own`"][4]
+
+
+def fail(path, models):
+    """Makes a run one that failed after so many evaluations."""
+    record = json.loads(path.read_text())
+    kept = {"greedy": record["greedy"][:models], "iterations": record["iterations"][:models]}
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "final"} | kept | {"failed": "it diverged"}))
+
+
+def test_a_failed_ablation_is_said_to_have_failed_and_is_not_judged(tmp_path):
+    maker = Maker(tmp_path).study(("hard",), 3).ablations(("after_mask", "step_sum"))
+    for seed in range(3):
+        fail(maker.run("ablations", "hard", "after_mask", seed, "step_kto"), 2)
+    fail(maker.run("ablations", "hard", "step_sum", 1, "step_kto"), 2)
+    text = text_of(tmp_path)
+    for section in ("Ablations", "Advice"):
+        assert "Failed: `step_sum` (1 of 3 runs) and `after_mask` (3 of 3 runs)." in part(text, section)
+    found = table_of(text, "Ablations")
+    assert found["`after_mask`"][3:] == ["0", "", "", "", "3 of 3"]
+    assert found["`step_sum`"][3] == "2"
+    assert found["`step_sum`"][7] == "1 of 3"
+    advice = part(text, "Advice").replace("Failed: `step_sum` (1 of 3 runs) and `after_mask` (3 of 3 runs).", "")
+    assert "`after_mask`" not in advice
+
+
+def test_where_all_ablations_failed_nothing_is_judged(tmp_path):
+    maker = Maker(tmp_path).study(("hard",), 3)
+    for seed in range(3):
+        fail(maker.run("ablations", "hard", "after_mask", seed, "step_kto"), 2)
+    found = table_of(text_of(tmp_path), "Ablations")
+    assert found["`after_mask`"][3:] == ["0", "3 of 3"]  # columns that nothing fills are left out
+
+
+def test_noise_is_no_choice(whole):
+    advice = part(text_of(whole), "Advice")
+    assert "Step labels turned over, 20 %: Pass@1 -" in advice
+    assert "worse than the base" not in advice
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (lambda m: [fail(m.run("main", "easy", "step_kto", s), 2) for s in (1, 3)],
+         "So far: `step_kto` has a higher Pass@1 (easy +.*Seeds: easy 3 of 5; hard not answered yet; 2 runs of "
+         "`step_kto` failed."),
+        (lambda m: m.study(("hard",)) and fail(m.run("main", "hard", "kto", 2), 2),
+         "Yes: `step_kto` has .*Seeds: easy 5 of 5 and hard 4 of 5; 1 run of `kto` failed."),
+        (lambda m: m.study(("hard",), 1),
+         "So far: `step_kto` has .*too few seeds for a verdict on `step_kto` minus `kto`, so far Pass@1 (hard +.*"
+         "Seeds: easy 5 of 5 and hard 1 of 5."),
+    ],
+    ids=["failed runs and a difficulty missing", "complete, one failed", "one seed of a difficulty"],
+)  # fmt: skip
+def test_the_answer_says_what_it_rests_on(tmp_path, change, expected):
+    maker = Maker(tmp_path, effects={name: PLANTED[name] for name in ("kto", "step_kto")}).study(("easy",))
+    change(maker)
+    pattern = ".*".join(map(re.escape, expected.split(".*")))
+    study = Study([r for r in load(tmp_path)], 500)
+    for text in (part(page.page_text(study, {}), "In short"), " ".join(page.readme_block(study).split())):
+        assert re.search(pattern, text), text
+    assert ("1 failed" in page.readme_block(study)) == ("1 run of" in expected)
+
+
+def test_drift_is_that_of_auroc_not_of_f1(tmp_path):
+    # F1 falls in both, as fewer steps are wrong.
+    Maker(tmp_path / "a", 60, drift=0.04).study(("easy",), 3)
+    Maker(tmp_path / "b", 60, drift=0.0).study(("easy",), 3)
+    falling, flat = (text_of(tmp_path / name) for name in "ab")
+    title = "Does self-labelling drift?"
+    assert "Self-labelling drifts: the PRM head tells right from wrong steps less well" in part(falling, title)
+    assert "its AUROC falls over the iterations" in part(falling, "Advice")
+    assert "No drift could be shown" in part(flat, title)
+    assert "Self-labelling drifts" not in flat
+    assert "AUROC" not in part(flat, "Advice")
+    assert "| `step_kto_prm`, easy: F1, test | 90.0 [90.0, 90.0] | 80.0" in part(flat, title)
+    assert "| `step_kto_prm`, easy: wrong steps, test | 10.0 [10.0, 10.0] | 8.0" in part(flat, title)
+
+
+@pytest.mark.parametrize(
+    ("estimate", "expected"),
+    [
+        (Estimate(0.01, -0.04, 0.05, 5), "Pass@1, easy: they hardly matter, within 5 points (+1.0)"),
+        (Estimate(0.01, -0.04, 0.051, 5), None),
+        (Estimate(0.01, -0.04, 0.05, 4), None),
+        (Estimate(0.04, 0.03, 0.05, 2), "Pass@1, easy: label steps where they can be checked (+4.0)"),
+        (Estimate(0.04, math.nan, math.nan, 1), None),
+    ],
+    ids=["narrow", "wide", "seeds missing", "shown", "one seed"],
+)
+def test_advice_needs_a_difference_or_a_narrow_interval(tmp_path, monkeypatch, estimate, expected):
+    Maker(tmp_path, 40, {"kto": (0.8, 0.3), "step_kto": (0.8, 0.3)}).study(("easy",), 1)
+    study = Study(load(tmp_path), 50)
+    monkeypatch.setattr(study, "difference", lambda a, b, where, metric: estimate if metric == "pass@1" else None)
+    found = part(page.page_text(study, {}), "Advice")
+    if expected:
+        assert expected in found
+    else:
+        assert (
+            "Nothing yet: too little has been shown. Too wide, or of too few seeds, to say: `step_kto` - `kto`" in found
+        )
+
+
+def test_difficulties_are_told_apart_in_one_advice(tmp_path):
+    maker = Maker(tmp_path, effects={"kto": (0.4, 0.2), "step_kto": (2.4, 2.4)}).study(("easy",))
+    maker.effects = {"kto": (2.4, 2.4), "step_kto": (0.4, 0.2)}
+    text = text_of(maker.study(("hard",)).folder)
+    assert "Mixed: `step_kto` has a higher Pass@1 (easy +" in part(text, "In short")
+    advice = part(text, "Advice")
+    assert re.search(r"easy: label steps where they can be checked \(\+.*?\); hard: watch Pass@1", advice)
+
+
+def test_one_seed_has_no_interval_and_no_verdict(tmp_path):
+    text = text_of(Maker(tmp_path, 60).study(("easy",), 1).ablations(seeds=1).folder)
+    short = part(text, "In short")
+    assert "Not answered yet: too few seeds for a verdict on `step_kto` minus `kto`, so far Pass@1 (easy +" in short
+    assert "one seed has no interval" in short
+    assert not re.search(r"\[[-+]?\d", text)
+    assert "1 seed an arm" in part(text, "Limits")
+    assert "From M_0 to M_3" not in part(text, "Against the paper")
+
+
+def test_differences_of_fewer_seeds_are_marked(tmp_path):
+    maker = Maker(tmp_path, 60).study(("easy",), 2)
+    for arm in ("kto", "step_kto"):
+        maker.run("main", "easy", arm, 2)
+    rows = [line for line in text_of(tmp_path).splitlines() if line.startswith("| Step labels or")]
+    assert "seeds)" not in rows[0]
+    assert rows[1].count("(2 seeds)") == 2
+    assert "Finished seeds, of 5 planned: easy 3" in " ".join(text_of(tmp_path).split())
+
+
+def test_the_last_greedy_evaluation_of_a_run_is_that_of_its_last_model(tmp_path):
+    path = Maker(tmp_path, 40, {"kto": (0.8, 0.3)}).run("main", "easy", "kto", 0)
+    record = json.loads(path.read_text())
+    record["final"]["test"]["greedy"] |= {"right": "0" * 40}
+    path.write_text(json.dumps(record))
+    study, run = Study(load(tmp_path), 50), ("main", "easy", "kto")
+    assert study.level(run, "test", "pass@1").value == study.level(run, 3, "pass@1").value > 0
 
 
 def test_the_search_marks_what_was_chosen(whole, tmp_path):
     found = part(text_of(whole), "Search")
-    assert "| **hard** | **`kto`** | **`beta: 0.5`, `learning_rate: 0.0001`, `step_beta: 0.5`** | **1** |" in found
-    assert found.count("| **hard**") == 1
-    assert "edge" not in found
+    row = re.search(r"\| hard \| `kto` \| 0.5 \| (.*?) \| (.*?) \| (.*?) \|", found)
+    assert row is not None
+    assert [cell.startswith("**") for cell in row.groups()] == [False, True, False]
+    assert all(cell.strip("*").endswith(" (1.5)") for cell in row.groups())  # KL from M_0
+    assert "Chosen, hard: `kto` 0.0001 and 0.5 (3 tried)." in found
+    assert (
+        "`kto_more` takes what was chosen for `kto` and `step_kto_prm` takes what was chosen for `step_kto`." in found
+    )
     Maker(tmp_path).search()
-    assert "`kto`, hard: none of these is in the results above (yet)." in part(text_of(tmp_path), "Search")
-
-
-def test_the_search_says_when_the_best_was_not_chosen(tmp_path):
-    maker = Maker(tmp_path, effects={"kto": PLANTED["kto"]}).study(("hard",), 1)
-    for rate, right in ((1e-4, 0.0), (2e-4, 2.0)):
-        overrides = {"learning_rate": rate, "beta": 0.5, "step_beta": 0.5}
-        maker.run("search", "hard", f"kto-rate_{rate:g}", 100, "kto", (right, 0.3), overrides=overrides)
     found = part(text_of(tmp_path), "Search")
-    assert "`kto`, hard: the chosen setting is not the one with the highest Pass@1." in found
-    assert "`kto`, hard: the chosen `learning_rate` lies at the edge of what was tried." in found
+    assert "Chosen, hard: `kto` not chosen yet (3 tried)." in found
+    assert "The search is not over: `kto` (hard)." in found
+
+
+def climb(maker, effect):
+    """Runs the whole search of `kto` on the first difficulty; `effect` of a learning rate and a beta."""
+    while specs := [s for s in ready(page.FAMILY, searches(maker), ("search",)) if (s.difficulty, s.arm) == WHERE]:
+        for s in specs:
+            right = effect(s.overrides["learning_rate"], s.overrides["beta"])
+            maker.run("search", s.difficulty, s.name, s.seed, s.arm, (right, 0.3), overrides=s.overrides)
+    return tuned(page.FAMILY, *WHERE, searches(maker))
+
+
+WHERE = ("easy", "kto")
+
+
+def searches(maker):
+    return [r for r in load(maker.folder) if r["stage"] == "search"] if maker.folder.exists() else []
+
+
+def test_what_the_search_ended_with_is_chosen_and_what_the_runs_use_is_said(tmp_path):
+    maker = Maker(tmp_path, problems=400, effects={"kto": PLANTED["kto"]})
+    start = page.FAMILY.start
+    chosen = climb(maker, lambda rate, beta: -3.0 if (rate, beta) != start else 1.5)
+    assert (chosen["learning_rate"], chosen["beta"]) == start
+    found = part(text_of(tmp_path), "Search")
+    assert f"Chosen, easy: `kto` {start[0]:g} and {start[1]:g} (5 tried)." in found
+    assert "4 of 5 settings end below M_0, far from it: KL 1.5 to 1.5 nats" in found
+    maker.run("main", "easy", "kto", 0, overrides=chosen)
+    assert "highest" not in part(text_of(tmp_path), "Search")
+    maker.run("main", "easy", "kto", 0, overrides=chosen | {"learning_rate": start[0] / 2})
+    assert "The chosen setting is not the one with the highest Pass@1: `kto` (easy)." in part(
+        text_of(tmp_path), "Search"
+    )
+    maker.run("main", "easy", "kto", 0, overrides=chosen | {"learning_rate": 1.0})
+    assert "The runs use a setting that was not tried: `kto` (easy)." in part(text_of(tmp_path), "Search")
+
+
+def test_the_search_says_when_it_ended_at_its_edge(tmp_path):
+    maker = Maker(tmp_path, problems=400, effects={"kto": PLANTED["kto"]})
+    low, high = page.FAMILY.rate_limits
+    chosen = climb(maker, lambda rate, beta: 2.0 * math.log(rate / low) / math.log(high / low))
+    assert chosen["learning_rate"] * 2 > high
+    found = part(text_of(tmp_path), "Search")
+    assert "The chosen setting lies at the edge of what could be tried: `kto` (easy)." in found
 
 
 @pytest.mark.parametrize(
@@ -264,10 +470,10 @@ def test_partial_results_make_a_page(tmp_path, make):
     make(Maker(tmp_path / "results", problems=40))
     docs = tmp_path / "docs"
     text = page.write_page(tmp_path / "results", docs, docs / "images", resamples=100).read_text()
-    assert "Not answered yet: `step_kto` and `kto` have too few seeds in common." in " ".join(text.split())
+    assert "Not answered yet: " in part(text, "In short")
     assert "Not run yet, main, easy" in text
-    assert "nan" not in text
-    assert "is ahead of" not in text
+    assert not re.search(r"\bnan\b|None|\*\*[-+]", text)
+    assert "a higher Pass@1" not in text
     for image in re.findall(r"\]\((.*?\.png)\)", text):
         assert (docs / image).is_file()
 
@@ -277,36 +483,45 @@ def test_what_is_missing_is_named(tmp_path):
     maker.run("main", "easy", "kto", 2)
     maker.run("main", "easy", "kto", 3, failed="it diverged", greedy=[], iterations=[], rollouts=[], final={})
     found = part(text_of(tmp_path), "What has been run")
-    assert "`step_kto` (2 of 5 seeds)" in found
-    assert "| easy | 4 to 6 | 7 to 9 | 250 | 230 | 30 |" in part(text_of(tmp_path), "Method")
-    assert "`kto` (4 of 5 seeds)" in found
-    assert "| main | easy | `kto` | 4 of 5 seeds | 1 failed |" in found
+    assert "`kto` (4 of 5 seeds); `rft`, `kto_more`, `dpo`, `step_only`, `step_kto` and `step_kto_prm` (2 of 5" in found
     assert "Not run yet, main, hard: all 7 arms." in found
-    assert "Failed, and in no comparison beyond where it came to: kto (easy, seed 3)" in found
+    assert "Failed: 1 of arms." in found
+    assert "Failed, and in no comparison: `kto` (easy, seed 3)." in part(text_of(tmp_path), "Limits")
+    assert "| easy | 4 to 6 | 7 to 9 | 250 | 230 | 30 |" in part(text_of(tmp_path), "Method")
+    row = next(line for line in text_of(tmp_path).splitlines() if line.startswith("| `kto` | "))
+    assert row.endswith("| 3 |")  # those that finished
 
 
-def test_a_failed_run_counts_as_far_as_it_came(tmp_path):
+def test_a_failed_run_counts_at_no_iteration(tmp_path):
     maker = Maker(tmp_path, effects={"kto": (0.8, 0.3), "step_kto": (2.0, 2.0)}).study(("easy",), 3)
-    path = maker.run("main", "easy", "kto", 3)
+    fail(maker.run("main", "easy", "kto", 3), 2)
     maker.run("main", "easy", "step_kto", 3)
-    record = json.loads(path.read_text())
-    del record["final"]
-    path.write_text(
-        json.dumps(record | {"failed": "x", "greedy": record["greedy"][:2], "iterations": record["iterations"][:2]})
-    )
     study, runs = Study(load(tmp_path), 200), [("main", "easy", name) for name in ("step_kto", "kto")]
-    assert study.difference(*runs, 1, "pass@1").seeds == 4
-    assert study.difference(*runs, 3, "pass@1").seeds == 3
-    assert study.difference(*runs, "test", "pass@1").seeds == 3
+    for where in (0, 1, 3, "test", "shifted"):
+        assert study.difference(*runs, where, "pass@1").seeds == 3
+    assert study.over(runs[1], lambda record: record["iterations"][1]["pass@1"]).seeds == 3
 
 
 def test_another_start_is_found_out(tmp_path):
     maker = Maker(tmp_path, effects={"kto": (0.8, 0.3), "step_kto": (2.0, 2.0)}).study(("easy",), 2)
-    assert "The result files confirm the common start." in part(text_of(tmp_path), "Method")
-    maker.run("main", "easy", "kto", 1, initial_weights="others")
-    assert "The files contradict this: runs start from different models in easy, seed 1." in part(
-        text_of(tmp_path), "Method"
-    )
+    confirmed = "The result files confirm the common start."
+    assert confirmed in part(text_of(tmp_path), "Method")
+    path = maker.run("main", "easy", "kto", 1, initial_weights="others")
+    contradicted = "The files contradict this: runs start from different models in easy, seed 1."
+    assert contradicted in part(text_of(tmp_path), "Method")
+    maker.run("main", "easy", "kto", 1)
+    record = json.loads(path.read_text())
+    record["greedy"][0]["right"] = record["greedy"][1]["right"]
+    path.write_text(json.dumps(record))
+    assert contradicted in part(text_of(tmp_path), "Method")
+    maker.run("main", "easy", "kto", 1)
+    path = maker.initial("easy", 1)
+    record = json.loads(path.read_text())
+    record["test"]["greedy"]["right"] = record["test"]["greedy"]["right"].translate({48: 49, 49: 48})
+    path.write_text(json.dumps(record))
+    assert contradicted in part(text_of(tmp_path), "Method")
+    alone = Maker(tmp_path / "alone", 40).run("main", "easy", "kto", 0).parents[3]
+    assert confirmed not in text_of(alone)  # of one run a seed nothing is common
 
 
 def test_everything_is_drawn_and_written(whole, tmp_path):
@@ -323,12 +538,30 @@ def test_everything_is_drawn_and_written(whole, tmp_path):
     assert section.endswith("<!-- study: end -->\n\nend\n")
     assert "(docs/images/study-main.png)" in section
     assert "[study](docs/study.md)" in section
-    assert "Yes: `step_kto` is ahead of `kto` in" in section.replace("\n", " ")
+    assert "**Yes: `step_kto` has a higher Pass@1 (easy +" in " ".join(section.split())
+    assert "70 runs of arms, 9 runs of ablations and 3 runs of the search for settings" in " ".join(section.split())
     assert "old" not in section
     text = path.read_text()
     assert all(f"images/study-{name}.png" in text for name in names)
     # Wrapped, but for tables and links.
     assert all(len(line) <= 120 or line.startswith(("|", "!", "    ")) for line in text.splitlines())
+
+
+def test_the_results_tell_the_family(tmp_path):
+    maker = Maker(tmp_path / "results", 40, {"kto": (0.8, 0.3), "step_kto": (2.0, 2.0)})
+    maker.study(("long",), 2)
+    docs = tmp_path / "docs"
+    text = page.write_page(tmp_path / "results", docs, docs / "images", 50).read_text()
+    assert "Run in part, main, long: `kto` and `step_kto` (2 of 3 seeds)." in text
+    assert "main, easy" not in text
+    assert "faster than vLLM" not in text  # on a GPU nobody knows
+
+
+def test_hours_of_resumed_runs_are_a_bound(tmp_path):
+    maker = Maker(tmp_path, 40, {"kto": (0.8, 0.3)}).study(("easy",), 2)
+    assert "2 runs of arms and 2 initial models, in 0.1 CPU hours" in part(text_of(tmp_path), "What has been run")
+    maker.run("main", "easy", "kto", 1, resumed=True)
+    assert "in at least 0.1 CPU hours" in part(text_of(tmp_path), "What has been run")
 
 
 def test_texts_and_figures_are_the_same_each_time(tmp_path):

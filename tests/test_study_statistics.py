@@ -130,7 +130,9 @@ def test_effects_are_found():
 def test_one_seed_gives_no_verdict():
     a, b = simulated(np.random.default_rng(0), gain=5.0, seeds=1)
     found = contrast([(1.0, a), (-1.0, b)], resamples=200)
-    assert found.low > 0
+    assert found.value > 0
+    assert math.isnan(found.low)
+    assert math.isnan(found.high)
     assert found.seeds == 1
     assert found.verdict(1) == "no difference"
 
@@ -141,8 +143,18 @@ def test_what_has_no_denominator():
     assert all(math.isnan(v) for v in found[:3])
     assert found.sign == found.seeds == 0
     x[0, :, 1] = 1
-    found = contrast([(1.0, x)], resamples=200)
-    assert found == Estimate(0.0, 0.0, 0.0, 1)
+    x[1, :, 1] = 1
+    assert contrast([(1.0, x)], resamples=200) == Estimate(0.0, 0.0, 0.0, 2)
+
+
+def test_a_seed_without_a_ratio_in_one_arm_counts_in_none():
+    rng = np.random.default_rng(2)
+    a, b = values(rng, 4, 30), values(rng, 4, 30)
+    b[3] = 0
+    both = contrast([(1.0, a), (-1.0, b)], resamples=200)
+    assert both == contrast([(1.0, a[:3]), (-1.0, b[:3])], resamples=200)
+    assert both.seeds == 3
+    assert both.value != pytest.approx(float(np.diff([x[..., 0].sum() / x[..., 1].sum() for x in (b, a)])[0]))
 
 
 def test_shares_stay_between_0_and_1():

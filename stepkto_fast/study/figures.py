@@ -54,9 +54,12 @@ class Forest(NamedTuple):
     rows: Sequence[Row]
     share: bool = True
 
+    def estimates(self) -> list[Estimate]:
+        return [row.difference for row in self.rows if not math.isnan(row.difference.value)]
 
-def curves(panels: Sequence[Sequence[Panel]], title: str, caption: str, bands: bool = True) -> bytes:
-    """Lines by iteration, with their intervals as `bands`; a row of panels for each measure."""
+
+def curves(panels: Sequence[Sequence[Panel]], title: str, caption: str, intervals: bool = True) -> bytes:
+    """Lines by iteration, side by side with their `intervals`; panels of one unit have one scale."""
     figure = _figure(1.0 + 3.0 * len(panels), title, caption)
     grid = figure.subplots(len(panels), max(map(len, panels)), squeeze=False)
     ends: list[tuple[Axes, list[tuple[str, str, float, float]]]] = []
@@ -64,35 +67,48 @@ def curves(panels: Sequence[Sequence[Panel]], title: str, caption: str, bands: b
         for axes in of_line[len(line) :]:
             axes.set_visible(False)
         for panel, axes in zip(line, of_line, strict=False):
-            ends.append((axes, _curves(axes, panel, bands)))
+            ends.append((axes, _curves(axes, panel, intervals)))
+    for line, of_line in zip(panels, grid, strict=True):
+        for unit in {panel.unit for panel in line}:
+            _one_scale([axes for panel, axes in zip(line, of_line, strict=False) if panel.unit == unit])
     figure.draw_without_rendering()
     for axes, labels in ends:
         _label_ends(axes, labels)
     return _png(figure)
 
 
-def _curves(axes: Axes, panel: Panel, bands: bool) -> list[tuple[str, str, float, float]]:
+def _one_scale(several: Sequence[Axes]) -> None:
+    limits = [axes.get_ylim() for axes in several]
+    for axes in several:
+        axes.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
+
+
+def _curves(axes: Axes, panel: Panel, intervals: bool) -> list[tuple[str, str, float, float]]:
     scale, last = (100.0 if panel.share else 1.0), 1
     labels: list[tuple[str, str, float, float]] = []
-    for name, estimates in panel.lines.items():
+    inside: list[float] = []  # the frame: two seeds have intervals of 13 standard errors to either side
+    for place, (name, estimates) in enumerate(panel.lines.items()):
         colour, marker = STYLES.get(name, (BLACK, "*"))
         points = [(t, e) for t, e in enumerate(estimates) if e is not None]
         if not points:
             continue
-        x = [t for t, _ in points]
-        last = max(last, *x)
-        if bands:
-            low, high = (
-                [scale * bound for bound in bounds] for bounds in zip(*(e[1:3] for _, e in points), strict=True)
-            )
-            axes.fill_between(x, low, high, color=colour, alpha=0.13, linewidth=0)
+        last = max(last, points[-1][0])
+        aside = 0.05 * (place - (len(panel.lines) - 1) / 2) if intervals else 0.0
+        x = [t + aside for t, _ in points]
+        inside += [scale * x for _, e in points for x in (e[:3] if intervals and e.seeds > 2 else e[:1])]
+        if intervals:
+            low, high = ([scale * e[bound] for _, e in points] for bound in (1, 2))
+            axes.vlines(x, low, high, color=colour, linewidth=1.8, alpha=0.55)
         y = [scale * e.value for _, e in points]
-        axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.8, zorder=3)
+        axes.plot(x, y, color=colour, marker=marker, markersize=5.5, linewidth=1.6, zorder=3)
         labels.append((name, colour, x[-1], y[-1]))
     _tidy(axes, panel.title, panel.unit)
     axes.grid(axis="y", color=GRID, linewidth=0.8)
+    if inside:
+        margin = 0.06 * (max(inside) - min(inside)) or 1.0
+        axes.set_ylim(min(inside) - margin, max(inside) + margin)
     axes.set_xticks(range(last + 1), [f"M$_{t}$" for t in range(last + 1)])
-    axes.set_xlim(-0.08 * last, 1.05 * last)
+    axes.set_xlim(-0.08 * last, 1.06 * last)
     return labels
 
 
@@ -147,11 +163,11 @@ def shift(panels: Sequence[tuple[str, Sequence[tuple[str, Estimate, Estimate]]]]
         for label, *pair in rows:
             place = names.index(label)
             colour, _ = STYLES.get(label, (BLACK, ""))
-            axes.plot([100 * e.value for e in pair], [place, place], color=colour, linewidth=0.8, alpha=0.4)
-            for estimate, face in zip(pair, (colour, "white"), strict=True):
-                axes.plot([100 * estimate.low, 100 * estimate.high], [place, place], color=colour, linewidth=2.2)
+            for estimate, face, aside in zip(pair, (colour, "white"), (-0.13, 0.13), strict=True):
+                beside = place + aside
+                axes.plot([100 * estimate.low, 100 * estimate.high], [beside, beside], color=colour, linewidth=2.2)
                 axes.plot(
-                    100 * estimate.value, place, marker="o", markersize=7.5, color=colour, markerfacecolor=face,
+                    100 * estimate.value, beside, marker="o", markersize=7.5, color=colour, markerfacecolor=face,
                     markeredgewidth=1.6, zorder=3,
                 )  # fmt: skip
         _tidy(axes, name, "")

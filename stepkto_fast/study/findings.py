@@ -1,14 +1,13 @@
 """What the study's results say: comparisons in words, ablations beside their base, the search, the head's drift."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..recipe import Recipe
-from .plan import ABLATIONS, FAMILIES, Family, Pair, best, tuned
+from .plan import ABLATIONS, FAMILIES, Family, Pair, settings_of, tuned
 from .statistics import METRICS, Estimate, Run, Study, Where, over_seeds
-from .words import counted, gap, judged, listed, settings_text
+from .words import capital, counted, gap, judged, listed, settings_text
 
 COMMAND = "python -m stepkto_fast.study"
 FAMILY = FAMILIES["cpu"]
@@ -43,6 +42,7 @@ VARIANTS = {
     "step_beta_times_4": "four times the step beta",
     "step_sum": "sum over steps instead of the mean",
     "after_mask": "steps behind the first wrong one are unlabelled",
+    "kto_points_mismatched": "outcome-only KTO with KTO's mismatched pairs",
     "noise_05": "5 % of the step labels turned over",
     "noise_10": "10 % of the step labels turned over",
     "noise_20": "20 % of the step labels turned over",
@@ -102,6 +102,11 @@ class Page:
         few, most = operations(self, difficulty)
         return f"{difficulty} ({few} to {most} operations)"
 
+    def seeds(self, difficulty: str) -> int:
+        """How many seeds the differences of arms are of where nothing is missing: the most that any has."""
+        arms = [self.study.level(("main", difficulty, arm), "test", "pass@1") for arm in self.arms(difficulty)]
+        return max((e.seeds for e in arms if e), default=0)
+
     def picture(self, name: str) -> list[str]:
         return [f"![{IMAGES[name]}]({self.images[name]})", ""] if name in self.images else []
 
@@ -160,29 +165,31 @@ def sentence(found: list[Compared], a: str, b: str) -> str:
         if said:
             parts.append(f"`{a}` has {listed(f'{WORDS[m][place]} ({of})' for m, of in said.items())} than `{b}`")
     for kind, text in (
-        ("no difference", f"no difference could be shown between `{a}` and `{b}` in"),
-        ("too few seeds", f"too few seeds for a verdict, `{a}` minus `{b}` is so far"),
+        ("no difference", f"no difference could be shown between `{a}` and `{b}` in {{}}"),
+        ("too few seeds", f"too few seeds for a verdict on `{a}` minus `{b}`, so far {{}}"),
     ):
         said = _by_metric([x for x in found if x.verdict == kind])
         if said:
-            names = {"pass@1": "Pass@1", "flawed_correct": "flawed right answers"}
-            parts.append(f"{text} {listed(f'{names[m]} ({of})' for m, of in said.items())}")
+            parts.append(text.format(listed(f"{METRICS[m].title} ({of})" for m, of in said.items())))
     return "; ".join(parts)
 
 
 def _by_metric(found: list[Compared]) -> dict[str, str]:
     """metric -> the difficulties, each with its difference."""
     metrics = list(dict.fromkeys(x.metric for x in found))
-    return {
-        m: ", ".join(f"{x.difficulty} {gap(x.difference, METRICS[m])}" for x in found if x.metric == m) for m in metrics
-    }
+    texts = {}
+    for m in metrics:
+        of = [x for x in found if x.metric == m]
+        gaps = (f"{x.difficulty} {gap(x.difference, METRICS[m], unit=n == 0)}" for n, x in enumerate(of))
+        texts[m] = ", ".join(gaps)
+    return texts
 
 
 def answer(page: Page, a: str, b: str) -> str:
     """Whether a wins over b, by how much, and on how much of what was planned that rests."""
     found, note = compare(page, a, b), scope(page, a, b)
     if not found:
-        return f"Not answered yet: no seed of both `{a}` and `{b}` has finished ({note})."
+        return f"Not answered yet: no seed of both `{a}` and `{b}` has finished." + (f" {note}" if note else "")
     kinds = {x.verdict for x in found} - {"too few seeds"}
     if not kinds:
         word = "Not answered yet"
@@ -194,7 +201,7 @@ def answer(page: Page, a: str, b: str) -> str:
         word = "No"
     else:
         word = "Mixed" if "worse" in kinds else "In part" if "no difference" in kinds else "Yes"
-    return f"{word}: {sentence(found, a, b)} ({note})."
+    return f"{word}: {sentence(found, a, b)}. {note}"
 
 
 def scope(page: Page, a: str, b: str) -> str:
@@ -205,14 +212,15 @@ def scope(page: Page, a: str, b: str) -> str:
         if e is None:
             missing.append(difficulty)
         else:
-            notes.append(f"{difficulty}: {e.seeds} of {planned} seeds")
-    if missing:
+            notes.append(f"{difficulty} {e.seeds} of {planned}")
+    notes = [f"Seeds: {listed(notes)}"] if notes else []
+    if notes and missing:
         notes.append(f"{listed(missing)} not answered yet")
     for name in (a, b):
         runs = [r for d in page.difficulties() for r in page.study.runs("main", d, name).values()]
         if failed := sum("failed" in r for r in runs):
             notes.append(f"{counted(failed, 'run')} of `{name}` failed")
-    return "; ".join(notes)
+    return f"{capital('; '.join(notes))}." if notes else ""
 
 
 def _planned(page: Page) -> list[str]:
@@ -230,21 +238,20 @@ def _complete(page: Page, a: str, b: str) -> bool:
 
 
 def growth(page: Page, a: str, b: str, metric: str) -> str | None:
-    """Whether a - b grows or falls from M_1 to the last model, in words."""
+    """Whether a - b in a metric grows or falls from M_1 to the last model, in words."""
     found: dict[str, list[str]] = {}
     for difficulty in page.difficulties():
         last = page.last(difficulty)
         runs: tuple[Run, Run] = ("main", difficulty, a), ("main", difficulty, b)
         e = page.study.change(*runs, 1, last, metric) if last > 1 else None
-        if e is not None:
+        if e is not None and e.seeds > 1:
             kind = judged(e, 1)
-            found.setdefault(kind, []).append(f"{difficulty} ({gap(e, METRICS[metric])} from M_1 to M_{last})")
+            found.setdefault(kind, []).append(f"{difficulty} ({gap(e, METRICS[metric])} to M_{last})")
     words = {
         "better": "grows on", "worse": "falls on", "no difference": "could not be shown to change on",
-        "too few seeds": "has too few seeds for a verdict on",
     }  # fmt: skip
     phrases = [f"{word} {listed(found[kind])}" for kind, word in words.items() if kind in found]
-    return f"`{a}` minus `{b}` in {METRICS[metric].title} {'; it '.join(phrases)}." if phrases else None
+    return f"in {METRICS[metric].title} it {', it '.join(phrases)}" if phrases else None
 
 
 def narrow(e: Estimate, planned: int) -> bool:
@@ -382,9 +389,9 @@ def failed_variants(found: list[Variant]) -> list[str]:
     return [f"Failed: {listed(names)}."] if names else []
 
 
-def is_noise(name: str) -> bool:
-    """Whether a variant is no choice that one has: it turns labels over."""
-    return name in ABLATIONS and "step_label_noise" in ABLATIONS[name][1]
+def noise_of(name: str) -> float | None:
+    """The share of labels that a variant turns over; None where it does not: noise is no choice that one has."""
+    return ABLATIONS[name][1].get("step_label_noise") if name in ABLATIONS else None
 
 
 # ---- the search ----
@@ -409,7 +416,6 @@ def searched(page: Page) -> list[Tried]:
     """All that was tried. Chosen is what the main runs of an arm are set to, before there are any what the search
     ended with."""
     found = []
-    records = [r for r in page.study.records if r["stage"] == "search"]
     for difficulty in page.study.difficulties("search"):
         for name in page.study.names("search", difficulty):
             runs = list(page.study.runs("search", difficulty, name).values())
@@ -423,8 +429,7 @@ def searched(page: Page) -> list[Tried]:
             if main is not None:
                 chosen = setting(main, "learning_rate") == pair[0] and pair[1] in (None, setting(main, "beta"))
             else:
-                settled = search_over(page, difficulty, arm)
-                chosen = settled and best_of(records, difficulty, arm) == pair
+                chosen = settings_of(pair) == found_by_search(page, difficulty, arm)
             found.append(
                 Tried(
                     arm, difficulty, pair, len(runs), len(runs) - len(finished), sum(right) / len(runs),
@@ -441,22 +446,10 @@ def searched(page: Page) -> list[Tried]:
     return sorted(found, key=place)
 
 
-def search_over(page: Page, difficulty: str, arm: str) -> bool:
-    """Whether no neighbour of the best setting of an arm is left to be tried."""
-    if difficulty not in page.family.difficulties:
-        return True
+def found_by_search(page: Page, difficulty: str, arm: str) -> dict[str, Any] | None:
+    """What the search of an arm ended with; None while it is not over."""
     records = [r for r in page.study.records if r["stage"] == "search"]
-    return tuned(page.family, difficulty, arm, records) is not None
-
-
-def best_of(records: list[dict], difficulty: str, arm: str) -> Pair | None:
-    """The setting of an arm with the highest mean Pass@1 so far."""
-    rates: dict[Pair, list[float]] = {}
-    for r in records:
-        if (r["difficulty"], r["arm"]) == (difficulty, arm):
-            pair: Pair = r["overrides"]["learning_rate"], r["overrides"].get("beta")
-            rates.setdefault(pair, []).append(0.0 if "failed" in r else _share_right(r["greedy"][-1]))
-    return best({pair: math.fsum(x) / len(x) for pair, x in rates.items()}) if rates else None
+    return tuned(page.family, difficulty, arm, records) if difficulty in page.family.difficulties else None
 
 
 def _share_right(greedy: dict) -> float:
@@ -464,6 +457,5 @@ def _share_right(greedy: dict) -> float:
 
 
 def pair_text(pair: Pair) -> str:
-    """A setting of the search in words; beta serves outcomes and steps."""
-    rate, beta = pair
-    return f"learning rate {rate:g}" + ("" if beta is None else f", beta {beta:g}")
+    """A setting of the search: learning rate and beta."""
+    return " and ".join(f"{x:g}" for x in pair if x is not None)

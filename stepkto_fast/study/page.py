@@ -16,7 +16,7 @@ from ..command import run_command
 from ..errors import RunError
 from .findings import COMMAND, FAMILY, IMAGES, Page, answer
 from .pictures import pictures
-from .plan import Family
+from .plan import FAMILIES, Family
 from .results import INITIAL, counting, load, sampled
 from .sections import SECTIONS
 from .statistics import RESAMPLES, Study
@@ -48,18 +48,23 @@ def readme_block(
     README."""
     page = Page(study, family, {})
     said = [
-        "Does feedback on steps (`step_kto`) win over feedback on answers alone (`kto`)? "
-        f"{answer(page, 'step_kto', 'kto')}",
-        "And with the step labels of a PRM head in place of an exact checker (`step_kto_prm`)? "
+        "Does feedback on steps (`step_kto`) win over feedback on answers alone (`kto`), on a synthetic arithmetic "
+        f"task with a small model? **{answer(page, 'step_kto', 'kto')}**",
+        "With the step labels of a PRM head in place of an exact checker (`step_kto_prm`)? "
         f"{answer(page, 'step_kto_prm', 'kto')}",
     ]
-    runs = [r for r in study.records if r["stage"] != "initial"]
-    problems = sorted({len(r["greedy"][0]["right"]) for r in runs if r["stage"] == "main" and r["greedy"]})
+    kinds = {"main": "of arms", "ablations": "of ablations", "search": "of the search for settings"}
+    runs = {stage: [r for r in study.records if r["stage"] == stage] for stage in kinds}
+    counts = []
+    for stage, of in runs.items():
+        if of:
+            failed = sum("failed" in r for r in of)
+            counts.append(f"{counted(len(of), 'run')} {kinds[stage]}" + (f", {failed} failed," if failed else ""))
+    problems = sorted({len(r["greedy"][0]["right"]) for r in runs["main"] if r["greedy"]})
     if problems:
-        seeds = max(len(study.runs("main", d, n)) for d in page.difficulties() for n in page.arms(d))
-        scale = f"up to {counted(seeds, 'seed')} an arm, {listed(f'{n:,}' for n in problems)} problems"
         said.append(
-            f"{counted(len(runs), 'run')} ({scale}), with intervals, ablations and advice, are in the [study]({link})."
+            f"{listed(counts)}, on {listed(f'{n:,}' for n in problems)} test problems, with intervals and advice: "
+            f"[study]({link})."
         )
     else:
         said.append(f"No arm has run yet: [study]({link}).")
@@ -97,15 +102,19 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def write_page(
-    results: Path, docs: Path, image_folder: Path, resamples: int = RESAMPLES, family: Family = FAMILY
+    results: Path, docs: Path, image_folder: Path, resamples: int = RESAMPLES, family: Family | None = None
 ) -> Path:
-    """Writes docs/study.md, its figures and the README's section, and returns the page's path.
+    """Writes docs/study.md, its figures and the README's section, and returns the page's path. Without a `family` the
+    results' difficulties tell it.
 
     Images called study-*.png that are not of these results are deleted from `image_folder`.
 
     Raises RunError for a folder without results, a damaged result file, or a README with one marker only.
     """
-    records = [r for r in counting(load(results))[0] if r["stage"] != INITIAL or r["seed"] in family.seeds]
+    records = counting(load(results))[0]
+    if family is None:
+        family = _family(records)
+    records = [r for r in records if r["stage"] != INITIAL or r["seed"] in family.seeds]
     if not records:
         raise RunError(f"{results} holds no result of the study: run {COMMAND} first, or name another folder")
     for record in records:
@@ -124,6 +133,12 @@ def write_page(
         with replacing(path) as unfinished:
             unfinished.write_bytes(content)
     return docs / "study.md"
+
+
+def _family(records: Sequence[dict]) -> Family:
+    """The first family that has a difficulty of the results."""
+    found = {r["difficulty"] for r in records}
+    return next((f for f in FAMILIES.values() if found & set(f.difficulties)), FAMILY)
 
 
 def main(arguments: Sequence[str]) -> int:

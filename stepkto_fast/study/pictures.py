@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from . import figures
-from .findings import ARMS, FAMILY, Page, Variant, head_f1, heads, rows_of, variants
+from .findings import ARMS, ASKED, FAMILY, Page, Variant, head, heads, rows_of, variants
 from .plan import Family
 from .statistics import METRICS, Estimate, Study
 from .words import counted, judged
+
+SHOWN = "Filled: the interval excludes 0 (blue better, orange worse)."
 
 MAIN_ARMS = {  # of the main figure
     "rft": "fine-tuning on right answers",
@@ -27,23 +29,26 @@ def pictures(study: Study, family: Family = FAMILY) -> dict[str, Callable[[], by
     if differences := _difference_panels(page):
         found["differences"] = lambda: figures.forest(
             differences, "Every arm against outcome-only KTO, last model",
-            "Arm minus kto, 95 % intervals. Filled: the interval excludes 0 (blue better, orange worse).",
+            f"Arm minus kto{_held(e for line in differences for p in line for e in p.estimates())}. {SHOWN}",
         )  # fmt: skip
     if panels := _shift_panels(page):
         found["shifted"] = lambda: figures.shift(
             panels, "Longer chains than any that got feedback",
-            "Pass@1 of the last model, 95 % intervals. Filled: test problems; hollow: longer chains.",
+            f"Pass@1 of the last model{_held(e for _, rows in panels for _, *pair in rows for e in pair)}. "
+            "Filled: test problems; hollow: longer chains.",
         )  # fmt: skip
     if lines := _drift_panels(page):
         found["drift"] = lambda: figures.curves(
             [lines],
             "Does self-labelling drift?",
-            "F1 of the PRM head at finding wrong steps, 95 % intervals over seeds.",
+            "AUROC of the PRM head: the chance that a right step scores above a wrong one"
+            f"{_held(_estimates([lines]))}{_cut(_estimates([lines]))}.\n"
+            "The axis is cut: a guess has 50 %.",
         )
     if ablated := _ablation_panels(page):
         found["ablations"] = lambda: figures.forest(
             ablated, "Ablations against their base, last model",
-            "Variant minus base, 95 % intervals. Filled: the interval excludes 0 (blue better, orange worse).",
+            f"Variant minus base{_held(e for line in ablated for p in line for e in p.estimates())}. {SHOWN}",
         )  # fmt: skip
     return found
 
@@ -53,25 +58,45 @@ def figure_main(study: Study, family: Family = FAMILY) -> bytes:
     return _draw_curves(Page(study, family, {}), list(MAIN_ARMS), "Feedback on answers, or on answers and steps")
 
 
+def _held(estimates: Iterable[Estimate]) -> str:
+    """What a caption says of intervals; one seed has none."""
+    return ", 95 % intervals" if any(not math.isnan(e.low) for e in estimates) else ", without intervals (one seed)"
+
+
+def _cut(estimates: Iterable[Estimate]) -> str:
+    """What a caption of curves says of intervals that their frame does not hold."""
+    return "; those of two seeds may leave the frame" if any(e.seeds == 2 for e in estimates) else ""
+
+
+def _estimates(panels: Iterable[Iterable[figures.Panel]]) -> list[Estimate]:
+    return [e for row in panels for p in row for of in p.lines.values() for e in of if e]
+
+
 def _draw_curves(page: Page, arms: Sequence[str], title: str) -> bytes:
     rows = []
+    difficulties = page.difficulties()
     for metric, unit in (("pass@1", "Pass@1, %"), ("flawed_correct", "right answers with\na wrong step, %")):
         row = []
-        for difficulty in page.difficulties():
+        for difficulty in difficulties:
             models = range(page.last(difficulty) + 1)
             names = [n for n in page.arms(difficulty) if n in arms or (len(arms) == len(ARMS) and n not in ARMS)]
             lines = {n: [page.study.level(("main", difficulty, n), t, metric) for t in models] for n in names}
-            row.append(figures.Panel(difficulty, unit, lines))
+            row.append(figures.Panel(page.title(difficulty), unit, lines))
         rows.append(row)
-    seeds = max(len(page.study.runs("main", d, n)) for d in page.difficulties() for n in page.arms(d))
-    caption = f"Means over up to {counted(seeds, 'seed')}, greedy solutions of held-out problems."
+    estimates = _estimates(rows)
+    seeds = sorted({e.seeds for e in estimates})
+    caption = "Greedy solutions of held-out problems"
+    if seeds and seeds[-1] > 1:
+        caption += f", {counted(seeds[-1], 'seed')}" if len(seeds) == 1 else f", {seeds[0]} to {seeds[-1]} seeds"
+    if len(difficulties) == 1:
+        rows = [[row[0] for row in rows]]
     if len(arms) > len(MAIN_ARMS):
-        return figures.curves(rows, title, f"{caption} Intervals are in the tables.", bands=False)
+        return figures.curves(rows, title, f"{caption}. Intervals are in the tables.", intervals=False)
     words = [
         f"{name}: {text}." for name, text in MAIN_ARMS.items() if any(name in p.lines for row in rows for p in row)
     ]
     legend = "\n".join(" ".join(words[n : n + 2]) for n in range(0, len(words), 2))
-    return figures.curves(rows, title, f"{caption} Bands hold 95 %.\n{legend}")
+    return figures.curves(rows, title, f"{caption}{_held(estimates)}{_cut(estimates)}.\n{legend}")
 
 
 def _difference_panels(page: Page) -> list[list[figures.Forest]]:
@@ -79,7 +104,7 @@ def _difference_panels(page: Page) -> list[list[figures.Forest]]:
     for difficulty in page.difficulties():
         names = [n for n in page.arms(difficulty) if n != "kto" and page.difference(difficulty, n, "kto", "pass@1")]
         row = []
-        for m in ("pass@1", "flawed_correct"):
+        for m in ASKED:
             found = [(n, page.difference(difficulty, n, "kto", m)) for n in names]
             row.append(_forest(f"{difficulty}: {METRICS[m].title}", m, found))
         if names:
@@ -101,7 +126,7 @@ def _ablation_panels(page: Page) -> list[list[figures.Forest]]:
     return [
         [
             _forest(f"{METRICS[m].title}, minus {base} ({difficulty})", m, [(v.name, v.differences.get(m)) for v in of])
-            for m in ("pass@1", "flawed_correct")
+            for m in ASKED
         ]
         for (difficulty, base), of in groups.items()
     ]
@@ -116,14 +141,14 @@ def _shift_panels(page: Page) -> list[tuple[str, list[tuple[str, Estimate, Estim
             if both[0] is not None and both[1] is not None:
                 rows.append((label.strip("`"), both[0], both[1]))
         if rows:
-            found.append((difficulty, rows))
+            found.append((page.title(difficulty), rows))
     return found
 
 
 def _drift_panels(page: Page) -> list[figures.Panel]:
     panels: dict[str, dict[str, list[Estimate | None]]] = {}
     for run in heads(page):
-        stage, difficulty, name = run
-        models = range(page.last(difficulty, stage) + 1)
-        panels.setdefault(difficulty, {})[name] = [head_f1(page, run, t) for t in models]
-    return [figures.Panel(difficulty, "F1, %", lines) for difficulty, lines in panels.items()]
+        _, difficulty, name = run
+        models = range(page.last(difficulty) + 1)
+        panels.setdefault(difficulty, {})[name] = [head(page, run, t) for t in models]
+    return [figures.Panel(page.title(difficulty), "AUROC, %", lines) for difficulty, lines in panels.items()]
