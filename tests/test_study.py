@@ -15,7 +15,7 @@ from stepkto_fast.recipe import Recipe
 from stepkto_fast.study.__main__ import main
 from stepkto_fast.study.plan import FAMILIES, Spec, left, ready
 from stepkto_fast.study.results import INITIAL, STAGES, counting, load
-from stepkto_fast.study.run import metric_lines, run
+from stepkto_fast.study.run import has_initial, metric_lines, run
 
 pytestmark = pytest.mark.loop
 SMOKE = FAMILIES["smoke"]
@@ -119,6 +119,19 @@ def test_arms_start_from_the_same_model_and_then_differ(study):
     main_runs = [r for r in results(study) if r["stage"] == "main" and r["seed"] == 0]
     assert len({json.dumps(r["greedy"][0]) for r in main_runs}) == 1
     assert len({r["iterations"][-1]["kl_from_initial"] for r in main_runs}) == len(main_runs)
+
+
+def test_an_m_0_of_other_settings_does_not_count(study, tmp_path):
+    spec = Spec("main", "short", "kto", "kto", 0, {})
+    result = tmp_path / "initial" / "short" / "seed_0.json"
+    result.parent.mkdir(parents=True)
+    made = json.loads((study / "results" / "initial" / "short" / "seed_0.json").read_text())
+    assert not has_initial(spec, SMOKE, study / "work", tmp_path)
+    result.write_text(json.dumps(made))
+    assert has_initial(spec, SMOKE, study / "work", tmp_path)
+    assert not has_initial(spec, SMOKE, tmp_path, tmp_path)
+    result.write_text(json.dumps(made | {"recipe": made["recipe"] | {"warm_start_steps": 7}}))
+    assert not has_initial(spec, SMOKE, study / "work", tmp_path)
 
 
 def test_runs_are_deleted_once_they_have_a_result(study):

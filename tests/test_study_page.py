@@ -18,6 +18,7 @@ from stepkto_fast.study.plan import ready, tuned
 from stepkto_fast.study.results import DIGITS, VERSION, load
 from stepkto_fast.study.statistics import Estimate, Study
 
+ROOT = Path(__file__).parent.parent
 ITERATIONS = 3
 # What an arm adds to M_0's logits after three iterations: of right answers, and of answers without a flaw.
 PLANTED = {
@@ -469,7 +470,7 @@ def test_the_search_says_when_it_ended_at_its_edge(tmp_path):
 def test_partial_results_make_a_page(tmp_path, make):
     make(Maker(tmp_path / "results", problems=40))
     docs = tmp_path / "docs"
-    text = page.write_page(tmp_path / "results", docs, docs / "images", resamples=100).read_text()
+    text = page.write_page(tmp_path / "results", docs, docs / "images", resamples=100, every=True).read_text()
     assert "Not answered yet: " in part(text, "In short")
     assert "Not run yet, main, easy" in text
     assert not re.search(r"\bnan\b|None|\*\*[-+]", text)
@@ -529,7 +530,7 @@ def test_everything_is_drawn_and_written(whole, tmp_path):
     readme.write_text("# A\n\n<!-- study: start -->\nold\n<!-- study: end -->\n\nend\n")
     (docs / "images").mkdir(parents=True)
     (docs / "images" / "study-gone.png").write_bytes(b"")
-    path = page.write_page(whole, docs, docs / "images", resamples=50)
+    path = page.write_page(whole, docs, docs / "images", resamples=50, every=True)
     names = ("main", "arms", "differences", "shifted", "drift", "ablations")
     assert {p.name for p in (docs / "images").iterdir()} == {f"study-{name}.png" for name in names}
     assert all((docs / "images" / f"study-{name}.png").read_bytes().startswith(b"\x89PNG") for name in names)
@@ -551,7 +552,7 @@ def test_the_results_tell_the_family(tmp_path):
     maker = Maker(tmp_path / "results", 40, {"kto": (0.8, 0.3), "step_kto": (2.0, 2.0)})
     maker.study(("long",), 2)
     docs = tmp_path / "docs"
-    text = page.write_page(tmp_path / "results", docs, docs / "images", 50).read_text()
+    text = page.write_page(tmp_path / "results", docs, docs / "images", 50, every=True).read_text()
     assert "Run in part, main, long: `kto` and `step_kto` (2 of 3 seeds)." in text
     assert "main, easy" not in text
     assert "faster than vLLM" not in text  # on a GPU nobody knows
@@ -642,6 +643,11 @@ def test_a_file_that_is_cut_off_is_named(tmp_path):
         load(tmp_path)
 
 
+def test_results_of_settings_that_the_study_has_no_more_are_left_out(whole, tmp_path):
+    text = page.write_page(whole, tmp_path / "docs", tmp_path / "docs" / "images", resamples=50).read_text()
+    assert "Not answered yet" in text, "only the M_0 of these results are current"
+
+
 def test_the_command(whole, tmp_path, capsys):
     assert page.main([str(tmp_path / "nothing")]) == 1
     assert "holds no result of the study" in capsys.readouterr().err
@@ -653,3 +659,13 @@ def test_every_planned_arm_and_variant_is_described():
 
     assert set(plan.ARMS) <= set(ARMS)
     assert set(plan.ABLATIONS) <= set(findings.VARIANTS)
+
+
+def test_the_documents_are_those_of_the_results(tmp_path):
+    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
+    written = page.write_page(ROOT / "docs" / "study" / "results", tmp_path / "docs", tmp_path / "docs" / "images")
+    again = "run python -m stepkto_fast.study.page"
+    assert written.read_text() == (ROOT / "docs" / "study.md").read_text(), again
+    assert (tmp_path / "README.md").read_text() == (ROOT / "README.md").read_text(), again
+    images = {path.name for path in (ROOT / "docs" / "images").glob("study-*.png")}
+    assert {path.name for path in (tmp_path / "docs" / "images").glob("*.png")} == images, again

@@ -20,9 +20,9 @@ from ..atomic import hold
 from ..command import run_command
 from ..errors import RunError
 from ..recipe import parse_settings, setting
-from .plan import Spec, family_of, left, ready
+from .plan import Spec, family_of, is_current, left, ready
 from .results import INITIAL, STAGES, counting, load
-from .run import end_with, logged, prepare_initial, prepare_problems, run
+from .run import end_with, has_initial, logged, prepare_initial, prepare_problems, run
 
 THREADS = "OMP_NUM_THREADS"
 
@@ -62,7 +62,8 @@ class Study:
 
     def found(self) -> list[dict[str, Any]]:
         """The results that count."""
-        return [r for r in counting(load(self.results))[0] if r["stage"] != INITIAL]
+        runs = [r for r in counting(load(self.results))[0] if r["stage"] != INITIAL]
+        return [r for r in runs if is_current(self.family, r)]
 
     def ready(self) -> list[Spec]:
         specs = ready(self.family, self.found(), self.stages)
@@ -76,8 +77,11 @@ class Study:
         """Prints what can start now and how much is left."""
         for spec in self.ready():
             self.console.print(spec.place, markup=False)
-        if stale := counting(load(self.results))[1]:
-            self.console.print(f"{len(stale)} results do not count: the M_0 of their seeds is another one by now")
+        runs = [r for r in load(self.results) if r["stage"] != INITIAL]
+        if stale := len(runs) - len(self.found()):
+            self.console.print(
+                f"{stale} results do not count: their settings, or the M_0 of their seeds, are others now"
+            )
         self.console.print(f"left: {self.left()}")
 
     def run(self) -> None:
@@ -131,10 +135,10 @@ class Study:
 
     def _next(self, spec: Spec) -> tuple[str, tuple]:
         """What has to be done next for `spec`, the run or first its M_0: its name, and the call that does it."""
-        initial = Path(INITIAL) / spec.difficulty / f"seed_{spec.seed}"
-        if (self.work / initial).exists() and (self.results / initial.with_suffix(".json")).exists():
+        if has_initial(spec, self.family, self.work, self.results):
             return spec.place, (run, spec, self.family.name, self.work, self.results, self.settings.keep_runs)
-        return str(initial), (prepare_initial, spec, self.family.name, self.work, self.results)
+        name = f"{INITIAL}/{spec.difficulty}/seed_{spec.seed}"
+        return name, (prepare_initial, spec, self.family.name, self.work, self.results)
 
 
 def main(argv: list[str]) -> int:

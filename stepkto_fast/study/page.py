@@ -16,7 +16,7 @@ from ..command import run_command
 from ..errors import RunError
 from .findings import COMMAND, FAMILY, IMAGES, Page, answer
 from .pictures import pictures
-from .plan import FAMILIES, Family
+from .plan import FAMILIES, Family, is_current
 from .results import INITIAL, counting, load, sampled
 from .sections import SECTIONS
 from .statistics import RESAMPLES, Study
@@ -102,21 +102,24 @@ def _relative(path: Path, folder: Path) -> str:
 
 
 def write_page(
-    results: Path, docs: Path, image_folder: Path, resamples: int = RESAMPLES, family: Family | None = None
-) -> Path:
+    results: Path, docs: Path, image_folder: Path, resamples: int = RESAMPLES, family: Family | None = None,
+    every: bool = False,
+) -> Path:  # fmt: skip
     """Writes docs/study.md, its figures and the README's section, and returns the page's path. Without a `family` the
-    results' difficulties tell it.
+    results' difficulties tell it. Results of settings that the family has no more are left out, unless `every` is set.
 
     Images called study-*.png that are not of these results are deleted from `image_folder`.
 
     Raises RunError for a folder without results, a damaged result file, or a README with one marker only.
     """
+    if not results.is_dir():
+        raise RunError(f"{results} holds no result of the study: run {COMMAND} first, or name another folder")
     records = counting(load(results))[0]
     if family is None:
         family = _family(records)
-    records = [r for r in records if r["stage"] != INITIAL or r["seed"] in family.seeds]
-    if not records:
-        raise RunError(f"{results} holds no result of the study: run {COMMAND} first, or name another folder")
+    records = [
+        r for r in records if (r["seed"] in family.seeds if r["stage"] == INITIAL else every or is_current(family, r))
+    ]
     for record in records:
         for samples in sampled(record).values():
             if samples["k"] != SAMPLES:

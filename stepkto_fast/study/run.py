@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing, redirect_stderr, redirect_stdout
-from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import torch
 
-from ..atomic import begin_folder, finish_folder, replacing
+from ..atomic import replacing, replacing_folder
 from ..checkpoint import save_pretrained
 from ..collect import ask, sample_rollouts
 from ..command import open_device
@@ -31,7 +30,7 @@ from ..setup_run import derived_seed, make_initial_policy
 from ..task import open_task
 from ..tasks import arithmetic
 from ..train import train
-from .plan import Family, Spec, family_of
+from .plan import Family, Spec, changed, family_of, run_settings
 from .results import INITIAL, greedy_record, samples_record, write_result
 
 TOKENS_A_STEP = 7  # of a written step, the answer line included
@@ -49,8 +48,7 @@ def prepare_problems(family: Family, work: Path) -> None:
         level = Recipe(**family.base(difficulty)).level
         for name, path in problem_files(work, difficulty).items():
             first, last = d.shifted if name == "shifted" else d.trained
-            count = family.validation_problems if name == "validation" else family.test_problems
-            rows = arithmetic.problems(count, f"study {name}", level, range(first, last + 1))
+            rows = arithmetic.problems(family.count(name), f"study {name}", level, range(first, last + 1))
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as unfinished:
                 text = "".join(json.dumps({"prompt": p.prompt, "answer": str(p.answer)}) + "\n" for p in rows)
@@ -77,32 +75,49 @@ def logged(logs: Path, call: Callable[..., str], spec: Spec, *rest: object) -> t
     return time.monotonic() - start, note
 
 
+def initial_recipe(spec: Spec, family: Family, work: Path) -> Recipe:
+    """What the M_0 that `spec` starts from is made with."""
+    every = work / "problems" / spec.difficulty / f"held_out_{spec.seed}.jsonl"
+    count = sum(map(family.count, PROBLEMS))
+    places = {"seed": spec.seed, "test_dataset": str(every), "num_test_problems": count}
+    return Recipe(**family.initial(spec.difficulty) | places)
+
+
+def initial_places(spec: Spec, work: Path, results: Path) -> tuple[Path, Path]:
+    """The folder of that M_0, and its result file."""
+    place = Path(INITIAL) / spec.difficulty / f"seed_{spec.seed}"
+    return work / place, results / place.with_suffix(".json")
+
+
+def has_initial(spec: Spec, family: Family, work: Path, results: Path) -> bool:
+    """Whether that M_0 is there, made and measured by the family as it is now."""
+    folder, result = initial_places(spec, work, results)
+    if not (folder.exists() and result.exists()):
+        return False
+    return json.loads(result.read_text("utf-8"))["recipe"] == changed(initial_recipe(spec, family, work))
+
+
 def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> str:
-    """Makes the M_0 that `spec` starts from under `work` and measures it; returns a word on it."""
-    family, difficulty, seed = family_of(of_family), spec.difficulty, spec.seed
-    place = Path(INITIAL) / difficulty / f"seed_{seed}"
-    folder, result = work / place, results / place.with_suffix(".json")
+    """Makes the M_0 that `spec` starts from under `work`, anew if there is one, and measures it; returns a word on
+    it."""
     start, cpu = time.monotonic(), time.process_time()
-    problems = problem_files(work, difficulty)
-    every = work / "problems" / difficulty / f"held_out_{seed}.jsonl"
-    with replacing(every) as unfinished:  # no demonstration is of a problem that anything is measured on
+    family = family_of(of_family)
+    folder, result = initial_places(spec, work, results)
+    problems, recipe = problem_files(work, spec.difficulty), initial_recipe(spec, family, work)
+    assert recipe.test_dataset is not None
+    with replacing(Path(recipe.test_dataset)) as unfinished:  # nothing is demonstrated that anything is measured on
         unfinished.write_text("".join(path.read_text("utf-8") for path in problems.values()), "utf-8")
-    count = family.test_problems * 2 + family.validation_problems
-    recipe = Recipe(
-        **family.initial(difficulty) | {"seed": seed, "test_dataset": str(every), "num_test_problems": count}
-    )
     before = json.loads(result.read_text("utf-8")).get("weights") if result.exists() else None
-    if not folder.exists():
-        with closing(open_task(recipe)) as task:
-            model, tokenizer = make_initial_policy(recipe, task, task.problems(), lambda step, loss: None)
-        unfinished = begin_folder(folder)
+    with closing(open_task(recipe)) as task:
+        model, tokenizer = make_initial_policy(recipe, task, task.problems(), lambda step, loss: None)
+    with replacing_folder(folder) as unfinished:
         save_pretrained(model, tokenizer, unfinished)
-        finish_folder(unfinished, folder)
-    found = {name: measure(folder, problems[name], family, difficulty, seed) for name in ("test", "shifted")}
+    found = {kind: measure(folder, kind, family, spec, work) for kind in ("test", "shifted")}
     write_result(
         {
-            "difficulty": difficulty, "seed": seed, **found, "recipe": changed(recipe), "weights": weights(folder),
-            **surroundings(), "seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu,
+            "difficulty": spec.difficulty, "seed": spec.seed, **found, "recipe": changed(recipe),
+            "weights": weights(folder), **surroundings(), "seconds": time.monotonic() - start,
+            "cpu_seconds": time.process_time() - cpu,
         },
         result,
     )  # fmt: skip
@@ -121,12 +136,10 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
     cannot be trained on (TrainingError) is a result, too: `failed`. Its directory stays with `keep`."""
     family = family_of(of_family)
     start, cpu = time.monotonic(), time.process_time()
-    problems = problem_files(work, spec.difficulty)
-    folder, initial = work / "runs" / spec.place, work / INITIAL / spec.difficulty / f"seed_{spec.seed}"
-    settings = family.base(spec.difficulty) | spec.overrides | {
-        "name": spec.place, "seed": spec.seed, "model": str(initial), "output_dir": str(folder),
-        "test_dataset": str(problems["validation" if spec.stage == "search" else "test"]),
-        "num_test_problems": family.validation_problems if spec.stage == "search" else family.test_problems,
+    folder, (initial, _) = work / "runs" / spec.place, initial_places(spec, work, results)
+    problems = problem_files(work, spec.difficulty)["validation" if spec.stage == "search" else "test"]
+    settings = run_settings(family, spec) | {
+        "model": str(initial), "output_dir": str(folder), "test_dataset": str(problems)
     }  # fmt: skip
     resume = (folder / "config.yaml").exists() and any(folder.glob("checkpoints/iteration_*"))
     recipe = Recipe(**settings, resume=resume, overwrite=not resume)
@@ -138,11 +151,8 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
         summary = train(recipe)
         records, seconds = summary["iterations"], summary["phase_seconds"]
     except TrainingError as error:
-        records, seconds, result["failed"] = (
-            metric_lines(folder, "step_accuracy"),
-            {},
-            str(error).replace(str(folder), "RUN"),
-        )
+        records, seconds = metric_lines(folder, "step_accuracy"), {}
+        result["failed"] = str(error).replace(str(folder), "RUN")
     result |= {
         "iterations": [without_bins(record) for record in records],
         "rollouts": metric_lines(folder, "completions/mean_length"),
@@ -151,10 +161,7 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
     }
     result |= {"train_cpu_seconds": time.process_time() - cpu}
     if spec.stage == "main" and "failed" not in result:
-        result["final"] = {
-            name: measure(folder / "model", problems[name], family, spec.difficulty, spec.seed)
-            for name in ("test", "shifted")
-        }
+        result["final"] = {kind: measure(folder / "model", kind, family, spec, work) for kind in ("test", "shifted")}
     result |= {"seconds": time.monotonic() - start, "cpu_seconds": time.process_time() - cpu, "resumed": resume}
     write_result(result, results / f"{spec.place}.json")
     if not keep:
@@ -164,13 +171,12 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
     return " -> ".join(f"{record['pass@1']:.1%}" for record in result["iterations"])
 
 
-def measure(model: Path, problems: Path, family: Family, difficulty: str, seed: int) -> dict[str, Any]:
-    """A saved model on a file of problems: greedy solutions and `family.samples` samples of each (schema of
+def measure(model: Path, kind: str, family: Family, spec: Spec, work: Path) -> dict[str, Any]:
+    """A saved model on the problems of a `kind`: greedy solutions and `family.samples` samples of each (schema of
     `results.py`)."""
-    longest = max(family.difficulties[difficulty].shifted)
-    base = family.base(difficulty)
-    settings = base | {
-        "seed": seed, "model": str(model), "test_dataset": str(problems), "num_test_problems": family.test_problems,
+    longest, problems = max(family.difficulties[spec.difficulty].shifted), problem_files(work, spec.difficulty)[kind]
+    settings = family.base(spec.difficulty) | {
+        "seed": spec.seed, "model": str(model), "test_dataset": str(problems), "num_test_problems": family.count(kind),
         "max_completion_length": TOKENS_A_STEP * (longest + 2),
     }  # fmt: skip
     recipe = Recipe(**settings)
@@ -217,12 +223,6 @@ def without_bins(record: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in record.items() if k != "prm"} | {
         "prm": {k: v for k, v in record.get("prm", {}).items() if k != "bins"}
     }
-
-
-def changed(recipe: Recipe) -> dict[str, Any]:
-    """The settings that differ from the package's defaults and are not places of this machine."""
-    defaults, places = Recipe(), {"output_dir", "model", "test_dataset", "resume", "overwrite"}
-    return {k: v for k, v in asdict(recipe).items() if v != getattr(defaults, k) and k not in places}
 
 
 def surroundings() -> dict[str, Any]:
