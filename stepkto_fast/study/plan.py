@@ -76,7 +76,7 @@ class Family:
     rft_start: Pair = (1e-4, None)
     rate_limits: tuple[float, float] = (1e-5, 2e-3)
     rft_rate_limits: tuple[float, float] = (1e-5, 2e-3)
-    beta_limits: tuple[float, float] = (0.02, 15.0)
+    beta_limits: tuple[float, float] = (0.02, 100.0)
     test_problems: int = 1000
     validation_problems: int = 500
     shifted_problems: int = 500
