@@ -156,6 +156,33 @@ def test_what_the_user_can_mend_is_no_result(study, tmp_path):
     assert not list(tmp_path.glob("**/*.json"))
 
 
+def test_a_run_that_the_user_has_to_mend_does_not_stop_the_others(study):
+    files = [study / "results" / "main" / "short" / name / "seed_0.json" for name in ("kto", "rft")]
+    before = [json.loads(path.read_text()) for path in files]
+    texts = [path.read_text() for path in files]
+    for path in files:
+        path.unlink()
+    folder = study / "work" / "runs" / "main" / "short" / "kto" / "seed_0"
+    folder.mkdir(parents=True)
+    held = "import sys, pathlib, stepkto_fast.atomic as a; a.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", held, str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        done = subprocess.run(command(study), capture_output=True, text=True, timeout=300)
+        other.kill()
+    again = json.loads(files[1].read_text())
+    missing = not files[0].exists()
+    for path, text in zip(files, texts, strict=True):
+        path.write_text(text)
+    assert done.returncode == 1
+    assert "error: main/short/kto/seed_0: another process is at work" in done.stdout
+    assert "1 of the runs could not be done, such as main/short/kto/seed_0" in done.stderr
+    assert missing
+    assert again["greedy"] == before[1]["greedy"], "the same run again, to the bit"
+
+
 def test_one_study_at_a_time_has_a_folder(tmp_path, capsys):
     held = "import sys, pathlib, stepkto_fast.atomic as a; a.hold(pathlib.Path(sys.argv[1])); print(); sys.stdin.read()"
     arguments = [sys.executable, "-c", held, str(tmp_path)]

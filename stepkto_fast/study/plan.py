@@ -131,7 +131,7 @@ FAMILIES = {
         Family(
             "cpu",
             # As many supervised steps as it takes until M_0 copies operands without mistakes: what is wrong with it is
-            # its facts. Fewer rollouts than the demo has, with which every arm comes to 98 % on the easy chains.
+            # its facts. Fewer rollouts than the demo has, with which RFT and KTO came to 97 to 98 % on the easy chains.
             {
                 "engine": "transformers", "device": "cpu", "warm_start_steps": 800, "max_completion_length": 96,
                 "num_prompts": 200, "prm_seed_problems": 200,
