@@ -3,12 +3,47 @@
 from collections.abc import Callable, Sequence
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.cache_utils import DynamicLayer
 
 from .attention import NAME
 from .sampler import Sample, no_progress, token_limits
 
 BATCH = 256  # rows generated together; all wait for the longest
+
+
+class PreallocatedLayer(DynamicLayer):
+    """The keys and values of one layer, (rows, heads, tokens, head_dim), written in place.
+
+    transformers' own layer copies all of them for each new token.
+    """
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self._capacity = capacity
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._whole = [x.new_empty(*x.shape[:-2], self._capacity, x.shape[-1]) for x in (key_states, value_states)]
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        for whole, new in zip(self._whole, (key_states, value_states), strict=True):
+            whole[..., start:end, :] = new
+        self.keys, self.values = (whole[..., :end, :] for whole in self._whole)
+        return self.keys, self.values
+
+
+def cache_of(model: PreTrainedModel, capacity: int) -> DynamicCache:
+    """A cache for `capacity` tokens a row. Layers of other kinds, with a sliding window say, are transformers' own."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [PreallocatedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 class TransformersSampler:
@@ -72,9 +107,11 @@ class TransformersSampler:
             if temperature
             else {"do_sample": False}
         )
+        longest = max(limit for _, limit in rows)
         output = self._model.generate(
             input_ids=ids.to(self._model.device), attention_mask=mask.to(self._model.device),
-            max_new_tokens=max(limit for _, limit in rows), eos_token_id=self._eos, pad_token_id=self._pad,
+            max_new_tokens=longest, eos_token_id=self._eos, pad_token_id=self._pad,
+            past_key_values=cache_of(self._model, width + longest),
             return_dict_in_generate=True, output_scores=bool(temperature), **sampling,
         )  # fmt: skip
         tokens = output.sequences[:, width:].cpu()

@@ -51,6 +51,36 @@ def test_rows_of_like_length_are_generated_together_and_come_back_in_order(model
         assert [s.token_ids for s in samples] == [alone.token_ids] * 2
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_keys_and_values_written_in_place_give_the_bits_of_transformers_own_cache(
+    temperature, model, tokenizer, problems, monkeypatch
+):
+    from stepkto_fast import sampler_transformers
+
+    prompts = [tokenizer(p.prompt)["input_ids"] for p in problems[:12]]
+    call = {"n": 3, "temperature": temperature, "max_tokens": [5, 40] * 6, "seed": 7}
+    made, real = [], sampler_transformers.cache_of
+    monkeypatch.setattr(sampler_transformers, "cache_of", lambda *a: made.append(real(*a)) or made[-1])
+    ours = sampler_transformers.TransformersSampler(model, tokenizer).sample(prompts, **call)
+    (cache,) = made
+    assert len(cache.layers) == model.config.num_hidden_layers
+    assert all(x.keys.untyped_storage().nbytes() > x.keys.nbytes for x in cache.layers)  # a view of a larger tensor
+    monkeypatch.setattr(sampler_transformers, "cache_of", lambda *a: None)
+    assert sampler_transformers.TransformersSampler(model, tokenizer).sample(prompts, **call) == ours
+
+
+def test_layers_with_a_sliding_window_keep_their_own_cache():
+    from transformers import MistralConfig, MistralForCausalLM
+    from transformers.cache_utils import DynamicSlidingWindowLayer
+
+    from stepkto_fast.sampler_transformers import cache_of
+
+    config = MistralConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=2,
+                           num_attention_heads=2, num_key_value_heads=1, sliding_window=4)  # fmt: skip
+    layers = cache_of(MistralForCausalLM(config), 20).layers
+    assert [type(layer) for layer in layers] == [DynamicSlidingWindowLayer] * 2
+
+
 def test_prompts_that_do_not_fit_are_counted_or_refused(problems, tokenizer, model):
     lengths = sorted(len(tokenizer(p.prompt)["input_ids"]) for p in problems)
     limit = model.config.max_position_embeddings - lengths[len(lengths) // 2]
