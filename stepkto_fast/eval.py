@@ -32,10 +32,11 @@ from .evaluation import flaw_counts, judge_steps, majority_hits, right_samples, 
 from .policy import load_policy
 from .prm import PRM
 from .prm_files import HEAD, load_prm
-from .recipe import Recipe, parse_settings, setting
+from .recipe import Recipe
 from .rollout import Rollout, write_rollouts
 from .sampler import open_sampler, require_engine
 from .segmentation import step_statistics, step_style, style_warning
+from .settings import parse_settings, setting
 from .setup_run import derived_seed
 from .task import Task, open_task
 

@@ -23,8 +23,8 @@ from .labelled import labelled_rollouts, read_labelled
 from .prm import PRM
 from .prm_files import load_prm_and_tokenizer
 from .prm_metrics import auroc, first_error, known_first_error, mean_over, process_bench
-from .recipe import parse_settings, setting
 from .rollout import UNLABELLED, Rollout
+from .settings import parse_settings, setting
 from .task import asked_rows
 from .train_prm import shown
 

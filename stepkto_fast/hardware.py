@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .errors import RunError
-from .recipe import setting
+from .settings import setting
 
 GIB = 2**30
 

@@ -27,7 +27,8 @@ from .plan_memory import (
     uses_vllm,
 )
 from .plan_time import Part, times
-from .recipe import Recipe, parse_recipe, parse_settings
+from .recipe import Recipe, parse_recipe
+from .settings import parse_settings
 from .token_budget import automatic_tokens
 
 SEQUENCES = 8  # of context_length that a lowered vllm_memory must leave room for

@@ -25,8 +25,8 @@ from .prm import PRM, fit_prm
 from .prm_export import export_token_classifier, require_exportable
 from .prm_files import CONFIG, save_prm
 from .prm_metrics import agreement, first_error, known_first_error, process_bench
-from .recipe import parse_settings, setting
 from .rollout import UNLABELLED, Rollout
+from .settings import parse_settings, setting
 from .task import asked_rows
 
 

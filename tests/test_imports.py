@@ -11,7 +11,7 @@ KERNELS = ROOT / "kernels" / "torch-ext" / "stepkto_kernels"
 
 # Lower layers first. A module may import from its own layer and those above it in this list.
 LAYERS = [
-    {"__init__", "errors", "atomic", "estimators", "rows", "answer_text", "tasks"},
+    {"__init__", "errors", "atomic", "estimators", "rows", "answer_text", "tasks", "settings"},
     {"recipe", "rollout", "attention", "answer_worker", "answer_pool", "ranks", "determinism", "sharding", "watchdog"},
     {
         "packing",

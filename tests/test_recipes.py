@@ -7,7 +7,8 @@ import pytest
 
 from stepkto_fast.hardware import Rates
 from stepkto_fast.planner import plan, summary
-from stepkto_fast.recipe import Recipe, parse_recipe, parse_settings
+from stepkto_fast.recipe import Recipe, parse_recipe
+from stepkto_fast.settings import parse_settings
 from stepkto_fast.setup_run import require_labels
 from stepkto_fast.task import MathTask
 from stepkto_fast.tasks.math import KNOWN

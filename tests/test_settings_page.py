@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from stepkto_fast.recipe import setting
+from stepkto_fast.settings import setting
 from stepkto_fast.settings_page import COMMANDS, Command, _command, page
 
 PAGE = Path(__file__).parent.parent / "docs" / "settings.md"

@@ -19,7 +19,7 @@ from rich.console import Console
 from ..atomic import hold
 from ..command import run_command
 from ..errors import RunError
-from ..recipe import parse_settings, setting
+from ..settings import parse_settings, setting
 from .plan import Spec, family_of, is_current, left, ready
 from .results import INITIAL, STAGES, counting, load
 from .run import end_with, has_initial, logged, prepare_initial, prepare_problems, run

@@ -1,13 +1,13 @@
 """What the study's results say: comparisons in words, ablations beside their base, the search, the head's drift."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ..recipe import Recipe
-from .plan import ABLATIONS, FAMILIES, Family, Pair, settings_of, tuned
-from .statistics import METRICS, Estimate, Run, Study, Where, over_seeds
-from .words import capital, counted, gap, judged, listed, settings_text
+from .plan import FAMILIES, Family
+from .statistics import METRICS, Estimate, Run, Study, Where
+from .words import capital, counted, gap, judged, listed
 
 COMMAND = "python -m stepkto_fast.study"
 FAMILY = FAMILIES["cpu"]
@@ -122,13 +122,6 @@ def operations(page: Page, difficulty: str) -> tuple[int, int]:
     if run is None:
         return page.family.difficulties[difficulty].trained
     return setting(run, "min_operations"), setting(run, "max_operations")
-
-
-def cost(record: dict) -> float | None:
-    """CPU seconds of a run's training; None where a part of them was spent before it was continued."""
-    if record.get("resumed") or "failed" in record:
-        return None
-    return record.get("train_cpu_seconds", record["cpu_seconds"])
 
 
 def of_last(key: str) -> Callable[[dict], float | None]:
@@ -272,190 +265,3 @@ def pairs(page: Page) -> list[tuple[str, str]]:
     against = [(a, b) for b in ("kto", "rft") for a in arms if a != b and (a, b) != ("kto", "rft")]
     found = dict.fromkeys([*asked, ("step_kto", "step_only"), *against])
     return [(a, b) for a, b in found if a in arms and b in arms]
-
-
-def all_differences(page: Page) -> Iterator[Estimate]:
-    """Every difference of last models that a table judges."""
-    for a, b in pairs(page):
-        for difficulty in page.difficulties():
-            yield from (e for m in DIFFERENCES if (e := page.difference(difficulty, a, b, m)) is not None)
-    for v in variants(page):
-        yield from v.differences.values()
-
-
-# ---- the PRM head ----
-
-
-def heads(page: Page) -> list[Run]:
-    """The runs that have a PRM head."""
-    found: list[Run] = []
-    for stage in ("main", "ablations"):
-        for difficulty in page.study.difficulties(stage):
-            for name in page.study.names(stage, difficulty, [*ARMS, *VARIANTS]):
-                run = (stage, difficulty, name)
-                if any(head(page, run, t) is not None for t in range(page.last(difficulty) + 1)):
-                    found.append(run)
-    return found
-
-
-def _of_head(record: dict, iteration: int, key: str) -> float | None:
-    records = record["iterations"]
-    return records[iteration].get("prm", {}).get(key) if iteration < len(records) else None
-
-
-def head(page: Page, run: Run, iteration: int, key: str = "auroc") -> Estimate | None:
-    """A figure of the head on test problems' steps, labelled by the exact checker."""
-    return page.study.over(run, lambda record: _of_head(record, iteration, key))
-
-
-def drift_of(page: Page, run: Run) -> tuple[Estimate, int, int] | None:
-    """How much the head's AUROC changes from the first to the last model of which it is known, and which those are.
-
-    AUROC is judged and not F1: that follows how many steps are wrong, which become fewer as the policy learns.
-    """
-    known = [t for t in range(page.last(run[1]) + 1) if head(page, run, t) is not None]
-    if len(known) < 2:
-        return None
-    finished = [r for r in page.study.runs(*run).values() if "failed" not in r]
-    ends = [[_of_head(r, t, "auroc") for t in (known[0], known[-1])] for r in finished]
-    changes = [last - first for first, last in ends if first is not None and last is not None]
-    return (over_seeds(changes), known[0], known[-1]) if changes else None
-
-
-def drift_sentences(page: Page) -> list[str]:
-    """What the change of the head's AUROC shows, of the arms."""
-    found: dict[str, list[str]] = {}
-    for stage, difficulty, name in heads(page):
-        if stage == "main" and (change := drift_of(page, (stage, difficulty, name))):
-            e, first, last = change
-            found.setdefault(judged(e, 1), []).append(f"`{name}` on {difficulty} ({gap(e)} from M_{first} to M_{last})")
-    words = {
-        "worse": "Self-labelling drifts: the PRM head tells right from wrong steps less well, its AUROC falls, with",
-        "better": "The PRM head's AUROC rises with",
-        "no difference": "No drift could be shown: the PRM head's AUROC could not be shown to change with",
-        "too few seeds": "Too few seeds for a verdict on the drift of the PRM head's AUROC with",
-    }
-    return [f"{word} {listed(found[kind])}." for kind, word in words.items() if kind in found]
-
-
-# ---- ablations ----
-
-
-class Variant(NamedTuple):
-    """An ablation beside its base, over the seeds of which both runs finished. `runs`: of the variant; `failed`: how
-    many of them."""
-
-    name: str
-    difficulty: str
-    base: str
-    text: str
-    differences: dict[str, Estimate]
-    runs: int
-    failed: int
-    cost: float | None
-
-    @property
-    def seeds(self) -> int:
-        return max((e.seeds for e in self.differences.values()), default=0)
-
-
-def variants(page: Page) -> list[Variant]:
-    """All ablations that have a result, in the order of VARIANTS."""
-    found = []
-    for difficulty in page.study.difficulties("ablations"):
-        for name in page.study.names("ablations", difficulty, VARIANTS):
-            run: Run = ("ablations", difficulty, name)
-            runs = page.study.runs(*run)
-            some = next(iter(runs.values()))
-            base = some.get("arm") or ("step_kto_prm" if setting(some, "label_source") == "head" else "step_kto")
-            against: Run = ("main", difficulty, base)
-            others = page.study.runs(*against)
-            differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
-            common = sorted(set(runs) & set(others))
-            costs = [(x, y) for s in common if (x := cost(runs[s])) and (y := cost(others[s]))]
-            changed: dict[str, Any] = {}
-            for s in common[:1]:
-                changed = {k: v for k, v in runs[s]["overrides"].items() if setting(others[s], k) != v}
-            text = VARIANTS.get(name) or settings_text(changed or some["overrides"])
-            times = sum(x for x, _ in costs) / sum(y for _, y in costs) if costs else None
-            failed = sum("failed" in r for r in runs.values())
-            found.append(Variant(name, difficulty, base, text, differences, len(runs), failed, times))
-    return found
-
-
-def failed_variants(found: list[Variant]) -> list[str]:
-    """A line on those of which runs failed, if any did."""
-    names = [f"`{v.name}` ({v.failed} of {counted(v.runs, 'run')})" for v in found if v.failed]
-    return [f"Failed: {listed(names)}."] if names else []
-
-
-def noise_of(name: str) -> float | None:
-    """The share of labels that a variant turns over; None where it does not: noise is no choice that one has."""
-    return ABLATIONS[name][1].get("step_label_noise") if name in ABLATIONS else None
-
-
-# ---- the search ----
-
-
-class Tried(NamedTuple):
-    """One setting of the search. `rate`: mean Pass@1 of the last model on validation problems, a failed run's 0.
-    `kl`: its mean KL from M_0, of the runs that finished. `initial`: Pass@1 of M_0."""
-
-    arm: str
-    difficulty: str
-    pair: Pair
-    seeds: int
-    failed: int
-    rate: float
-    kl: float | None
-    initial: float | None
-    chosen: bool
-
-
-def searched(page: Page) -> list[Tried]:
-    """All that was tried. Chosen is what the main runs of an arm are set to, before there are any what the search
-    ended with."""
-    found = []
-    for difficulty in page.study.difficulties("search"):
-        for name in page.study.names("search", difficulty):
-            runs = list(page.study.runs("search", difficulty, name).values())
-            arm, overrides = runs[0]["arm"], runs[0]["overrides"]
-            pair: Pair = overrides["learning_rate"], overrides.get("beta")
-            finished = [r for r in runs if "failed" not in r]
-            right = [_share_right(r["greedy"][-1]) for r in finished]
-            starts = [_share_right(r["greedy"][0]) for r in runs if r["greedy"]]
-            kl = [x for r in finished if (x := r["iterations"][-1].get("kl_from_initial")) is not None]
-            main = next(iter(page.study.runs("main", difficulty, arm).values()), None)
-            if main is not None:
-                chosen = setting(main, "learning_rate") == pair[0] and pair[1] in (None, setting(main, "beta"))
-            else:
-                chosen = settings_of(pair) == found_by_search(page, difficulty, arm)
-            found.append(
-                Tried(
-                    arm, difficulty, pair, len(runs), len(runs) - len(finished), sum(right) / len(runs),
-                    sum(kl) / len(kl) if kl else None, sum(starts) / len(starts) if starts else None, chosen,
-                )
-            )  # fmt: skip
-    order = list(ARMS)
-    places = {d: n for n, d in enumerate(page.study.difficulties("search"))}
-
-    def place(t: Tried) -> tuple:
-        at = order.index(t.arm) if t.arm in order else len(order)
-        return places[t.difficulty], at, t.arm, t.pair[1] or 0.0, t.pair[0]
-
-    return sorted(found, key=place)
-
-
-def found_by_search(page: Page, difficulty: str, arm: str) -> dict[str, Any] | None:
-    """What the search of an arm ended with; None while it is not over."""
-    records = [r for r in page.study.records if r["stage"] == "search"]
-    return tuned(page.family, difficulty, arm, records) if difficulty in page.family.difficulties else None
-
-
-def _share_right(greedy: dict) -> float:
-    return greedy["right"].count("1") / len(greedy["right"])
-
-
-def pair_text(pair: Pair) -> str:
-    """A setting of the search: learning rate and beta."""
-    return " and ".join(f"{x:g}" for x in pair if x is not None)

@@ -4,9 +4,11 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 
 from . import figures
-from .findings import ARMS, ASKED, FAMILY, Page, Variant, head, heads, rows_of, variants
+from .findings import ARMS, ASKED, FAMILY, Page, rows_of
+from .heads import head, heads
 from .plan import Family
 from .statistics import METRICS, Estimate, Study
+from .variants import Variant, variants
 from .words import counted, judged
 
 SHOWN = "Filled: the interval excludes 0 (blue better, orange worse)."

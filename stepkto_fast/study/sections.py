@@ -2,22 +2,9 @@
 
 import math
 
-from .findings import (
-    ASKED,
-    NARROW,
-    QUESTIONS,
-    Page,
-    all_differences,
-    answer,
-    drift_of,
-    failed_variants,
-    heads,
-    narrow,
-    noise_of,
-    pairs,
-    searched,
-    variants,
-)  # fmt: skip
+from .findings import ASKED, NARROW, QUESTIONS, Page, answer, narrow, pairs
+from .heads import drift_of, heads
+from .searched import searched
 from .sections_method import failed_runs, method, rerun, search, what_ran
 from .sections_results import (
     ablations,
@@ -29,6 +16,7 @@ from .sections_results import (
     results,
 )
 from .statistics import METRICS, Estimate
+from .variants import all_differences, failed_variants, noise_of, variants
 from .words import (
     bullets,
     capital,

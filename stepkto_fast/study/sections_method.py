@@ -4,22 +4,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..recipe import Recipe
-from .findings import (
-    ARMS,
-    COMMAND,
-    Arm,
-    Page,
-    Tried,
-    cost,
-    found_by_search,
-    operations,
-    pair_text,
-    searched,
-    setting,
-)  # fmt: skip
+from .findings import ARMS, COMMAND, Arm, Page, operations, setting
 from .plan import FAMILIES, TUNED_AS
 from .results import sampled
+from .searched import Tried, found_by_search, pair_text, searched
 from .statistics import METRICS, Run, evaluation
+from .variants import cost
 from .words import (
     bullets,
     capital,

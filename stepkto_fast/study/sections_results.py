@@ -2,22 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
-from .findings import (
-    ASKED,
-    DIFFERENCES,
-    Page,
-    compare,
-    drift_sentences,
-    failed_variants,
-    growth,
-    heads,
-    of_last,
-    pairs,
-    rows_of,
-    sentence,
-    variants,
-)  # fmt: skip
+from .findings import ASKED, DIFFERENCES, Page, compare, growth, of_last, pairs, rows_of, sentence
+from .heads import drift_sentences, heads
 from .statistics import METRICS, Estimate, Run
+from .variants import failed_variants, variants
 from .words import (
     bullets,
     capital,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from stepkto_fast import planner
 from stepkto_fast.errors import RunError
 from stepkto_fast.hardware import Rates
-from stepkto_fast.recipe import Recipe, parse_recipe, parse_settings, write_recipe
+from stepkto_fast.recipe import Recipe, parse_recipe, write_recipe
+from stepkto_fast.settings import parse_settings
 
 FOLDER = Path()  # each part of a fuzzer has a working directory of its own
 KEYS = [f.name for f in fields(Recipe)]

@@ -1,0 +1,78 @@
+"""The ablations beside their base, and how many differences the page judges with them."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from .findings import ASKED, DIFFERENCES, VARIANTS, Page, pairs, setting
+from .plan import ABLATIONS
+from .statistics import Estimate, Run
+from .words import counted, listed, settings_text
+
+
+class Variant(NamedTuple):
+    """An ablation beside its base, over the seeds of which both runs finished. `runs`: of the variant; `failed`: how
+    many of them."""
+
+    name: str
+    difficulty: str
+    base: str
+    text: str
+    differences: dict[str, Estimate]
+    runs: int
+    failed: int
+    cost: float | None
+
+    @property
+    def seeds(self) -> int:
+        return max((e.seeds for e in self.differences.values()), default=0)
+
+
+def variants(page: Page) -> list[Variant]:
+    """All ablations that have a result, in the order of VARIANTS."""
+    found = []
+    for difficulty in page.study.difficulties("ablations"):
+        for name in page.study.names("ablations", difficulty, VARIANTS):
+            run: Run = ("ablations", difficulty, name)
+            runs = page.study.runs(*run)
+            some = next(iter(runs.values()))
+            base = some.get("arm") or ("step_kto_prm" if setting(some, "label_source") == "head" else "step_kto")
+            against: Run = ("main", difficulty, base)
+            others = page.study.runs(*against)
+            differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
+            common = sorted(set(runs) & set(others))
+            costs = [(x, y) for s in common if (x := cost(runs[s])) and (y := cost(others[s]))]
+            changed: dict[str, Any] = {}
+            for s in common[:1]:
+                changed = {k: v for k, v in runs[s]["overrides"].items() if setting(others[s], k) != v}
+            text = VARIANTS.get(name) or settings_text(changed or some["overrides"])
+            times = sum(x for x, _ in costs) / sum(y for _, y in costs) if costs else None
+            failed = sum("failed" in r for r in runs.values())
+            found.append(Variant(name, difficulty, base, text, differences, len(runs), failed, times))
+    return found
+
+
+def failed_variants(found: list[Variant]) -> list[str]:
+    """A line on those of which runs failed, if any did."""
+    names = [f"`{v.name}` ({v.failed} of {counted(v.runs, 'run')})" for v in found if v.failed]
+    return [f"Failed: {listed(names)}."] if names else []
+
+
+def noise_of(name: str) -> float | None:
+    """The share of labels that a variant turns over; None where it does not: noise is no choice that one has."""
+    return ABLATIONS[name][1].get("step_label_noise") if name in ABLATIONS else None
+
+
+def all_differences(page: Page) -> Iterator[Estimate]:
+    """Every difference of last models that a table judges."""
+    for a, b in pairs(page):
+        for difficulty in page.difficulties():
+            yield from (e for m in DIFFERENCES if (e := page.difference(difficulty, a, b, m)) is not None)
+    for v in variants(page):
+        yield from v.differences.values()
+
+
+def cost(record: dict) -> float | None:
+    """CPU seconds of a run's training; None where a part of them was spent before it was continued."""
+    if record.get("resumed") or "failed" in record:
+        return None
+    return record.get("train_cpu_seconds", record["cpu_seconds"])
