@@ -4,7 +4,7 @@ import json
 import math
 import random
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -20,12 +20,12 @@ from stepkto_fast.study.plan import (
     FAMILIES,
     TIMES,
     Spec,
-    changed,
     climb,
     is_current,
     left,
     more_prompts,
     ready,
+    recorded,
     run_settings,
     tuned,
 )
@@ -114,12 +114,28 @@ def test_what_has_a_result_is_not_run_again():
     counts = left(CPU, found)
     assert counts == {"search": 0, "main": 2 * 7 * 5, "ablations": 16 * 3}
     assert left(CPU, [*found, result(first)]) == counts | {"main": 69}
-    assert is_current(CPU, result(first) | {"recipe": changed(Recipe(**run_settings(CPU, first)))})
+    recipe = recorded(Recipe(**run_settings(CPU, first)))
+    assert is_current(CPU, result(first) | {"recipe": recipe})
     others = replace(CPU, settings=CPU.settings | {"num_prompts": 7})
-    assert not is_current(others, result(first) | {"recipe": changed(Recipe(**run_settings(CPU, first)))})
-    assert not is_current(FAMILIES["large"], result(first) | {"recipe": {}})
-    other = result(first) | {"overrides": first.overrides | {"learning_rate": 3e-4}}
-    assert first in ready(CPU, [*found, other]), "what was run with other settings is run again"
+    assert not is_current(others, result(first) | {"recipe": recipe})
+    assert not is_current(FAMILIES["large"], result(first) | {"recipe": recipe})
+    assert not is_current(CPU, result(first) | {"recipe": recipe | {"a_setting_of_old": 1}})
+    later = {k: v for k, v in recipe.items() if k not in ("bf16", "num_prompts")}  # settings that came after the run
+    assert not is_current(CPU, result(first) | {"recipe": later}), "the family sets num_prompts"
+    assert is_current(CPU, result(first) | {"recipe": later | {"num_prompts": recipe["num_prompts"]}})
+
+
+def test_another_beta_of_the_package_does_not_make_results_stale(monkeypatch):
+    @dataclass
+    class Later(Recipe):
+        beta: float = 0.75
+        step_beta: float = 0.75
+
+    for spec in ready(CPU, searched())[: len(CPU.arms)]:
+        kept = result(spec) | {"recipe": recorded(Recipe(**run_settings(CPU, spec)))}
+        with monkeypatch.context() as patch:
+            patch.setattr(plan, "Recipe", Later)
+            assert is_current(CPU, kept), spec
 
 
 @given(st.integers(0, 10**9), st.sampled_from(["kto", "rft"]))

@@ -112,7 +112,7 @@ class Page:
 
 
 def setting(record: dict, key: str) -> Any:
-    """What a run was set to: its recipe holds what differs from the defaults."""
+    """What a run was set to; the default of what is not in its recipe, for a setting that came later."""
     return record["overrides"].get(key, record["recipe"].get(key, getattr(Recipe, key, None)))
 
 

@@ -72,7 +72,7 @@ class Family:
     ablation_difficulty: str = "hard"
     arms: tuple[str, ...] = tuple(ARMS)
     ablations: tuple[str, ...] = tuple(ABLATIONS)
-    start: Pair = (1e-4, 0.5)  # of the search at the first difficulty: the package's defaults
+    start: Pair = (1e-4, 0.5)  # of the search at the first difficulty
     rft_start: Pair = (1e-4, None)
     rate_limits: tuple[float, float] = (1e-5, 2e-3)
     rft_rate_limits: tuple[float, float] = (1e-5, 2e-3)
@@ -119,8 +119,9 @@ class Spec:
 
 
 # Of all families: the exact checker labels steps, no head is fitted where none is needed, one sample a problem serves
-# the KL from M_0 and the audit of the head.
+# the KL from M_0 and the audit of the head. The betas are those of an arm that the search chooses none for.
 BASE: Overrides = {
+    "beta": 0.5, "step_beta": 0.5,
     "label_source": "checker", "prm_audit": False, "num_eval_generations": 1, "report_to": "none",
     "save_steps": 1_000_000, "logging_steps": 10,
 }  # fmt: skip
@@ -325,10 +326,17 @@ def run_settings(family: Family, spec: Spec) -> Overrides:
     return family.base(spec.difficulty) | spec.overrides | of_run
 
 
-def changed(recipe: Recipe) -> Overrides:
-    """The settings that differ from the package's defaults and are not places of this machine."""
-    defaults, places = Recipe(), {"output_dir", "model", "test_dataset", "resume", "overwrite"}
-    return {k: v for k, v in asdict(recipe).items() if v != getattr(defaults, k) and k not in places}
+def recorded(recipe: Recipe) -> Overrides:
+    """All settings of a run, those left out that are places of this machine: defaults change."""
+    places = {"output_dir", "model", "test_dataset", "resume", "overwrite"}
+    return {k: v for k, v in asdict(recipe).items() if k not in places}
+
+
+def same_settings(record: Mapping[str, Any], recipe: Recipe) -> bool:
+    """Whether a result's `recipe` is this one. A setting that the package has had only since then has to be at its
+    default."""
+    now = recorded(recipe)
+    return record.keys() <= now.keys() and recorded(Recipe()) | dict(record) == now
 
 
 def is_current(family: Family, result: Mapping[str, Any]) -> bool:
@@ -336,7 +344,7 @@ def is_current(family: Family, result: Mapping[str, Any]) -> bool:
     if result["difficulty"] not in family.difficulties:
         return False
     spec = Spec(*(result[key] for key in ("stage", "difficulty", "name", "arm", "seed", "overrides")))
-    return result["recipe"] == changed(Recipe(**run_settings(family, spec)))
+    return same_settings(result["recipe"], Recipe(**run_settings(family, spec)))
 
 
 def more_prompts(family: Family, difficulty: str) -> int:

@@ -30,7 +30,7 @@ from ..setup_run import derived_seed, make_initial_policy
 from ..task import open_task
 from ..tasks import arithmetic
 from ..train import train
-from .plan import Family, Spec, changed, family_of, run_settings
+from .plan import Family, Spec, family_of, recorded, run_settings, same_settings
 from .results import INITIAL, greedy_record, samples_record, write_result
 
 TOKENS_A_STEP = 7  # of a written step, the answer line included
@@ -94,7 +94,7 @@ def has_initial(spec: Spec, family: Family, work: Path, results: Path) -> bool:
     folder, result = initial_places(spec, work, results)
     if not (folder.exists() and result.exists()):
         return False
-    return json.loads(result.read_text("utf-8"))["recipe"] == changed(initial_recipe(spec, family, work))
+    return same_settings(json.loads(result.read_text("utf-8"))["recipe"], initial_recipe(spec, family, work))
 
 
 def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> str:
@@ -115,7 +115,7 @@ def prepare_initial(spec: Spec, of_family: str, work: Path, results: Path) -> st
     found = {kind: measure(folder, kind, family, spec, work) for kind in ("test", "shifted")}
     write_result(
         {
-            "difficulty": spec.difficulty, "seed": spec.seed, **found, "recipe": changed(recipe),
+            "difficulty": spec.difficulty, "seed": spec.seed, **found, "recipe": recorded(recipe),
             "weights": weights(folder), **surroundings(), "seconds": time.monotonic() - start,
             "cpu_seconds": time.process_time() - cpu,
         },
@@ -145,7 +145,7 @@ def run(spec: Spec, of_family: str, work: Path, results: Path, keep: bool) -> st
     recipe = Recipe(**settings, resume=resume, overwrite=not resume)
     result: dict[str, Any] = {
         "stage": spec.stage, "difficulty": spec.difficulty, "name": spec.name, "arm": spec.arm, "seed": spec.seed,
-        "overrides": spec.overrides, "recipe": changed(recipe), "initial_weights": weights(initial), **surroundings(),
+        "overrides": spec.overrides, "recipe": recorded(recipe), "initial_weights": weights(initial), **surroundings(),
     }  # fmt: skip
     try:
         summary = train(recipe)

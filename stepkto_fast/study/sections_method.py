@@ -167,12 +167,13 @@ def first_steps(record: dict) -> float | None:
 
 
 def shared_settings(page: Page) -> dict[str, Any]:
-    """The settings that all main runs have, where these are not the defaults."""
+    """The settings that all main runs have, where these are not the package's defaults."""
     recipes = [r["recipe"] for r in page.study.records if r["stage"] == "main"]
     if not recipes:
         return {}
     kept = set.intersection(*map(set, recipes)) - {"name", "seed"}
-    return {k: recipes[0][k] for k in kept if all(r[k] == recipes[0][k] for r in recipes)}
+    same = {k: recipes[0][k] for k in kept if all(r[k] == recipes[0][k] for r in recipes)}
+    return {k: v for k, v in same.items() if v != getattr(Recipe, k, None)}
 
 
 def search(page: Page) -> list[str]:
