@@ -55,7 +55,7 @@ class Recipe:
     num_layers: int = setting(3, "layers of the built model")
     num_heads: int = setting(4, "attention heads of the built model")
     context_length: int = setting(256, "longest sequence, prompt and completion, in tokens")
-    warm_start_steps: int = setting(350, "supervised steps that make M_0 of a built model")
+    warm_start_steps: int = setting(500, "supervised steps that make M_0 of a built model")
     warm_start_batch_size: int = setting(64, "demonstrations a supervised step")
     warm_start_learning_rate: float = setting(2e-3, "peak learning rate of the supervised steps")
     misconceptions: float = setting(0.3, "share of the arithmetic facts that the demonstrations teach wrong")
@@ -159,8 +159,12 @@ class Recipe:
         "what the update learns from: outcomes and steps, right completions alone (rejection-sampling fine-tuning), or "
         "pairs of a right and a wrong completion (docs/objective.md)",
     )
-    beta: float = setting(0.5, "temperature of the outcome value function; objective dpo: of the pairs' log-ratios")
-    step_beta: float = setting(0.5, "temperature of the step value function")
+    beta: float = setting(
+        12.5,
+        "temperature of the outcome value function, by docs/study.md for the demo's model (KTO's paper and our recipes "
+        "for large ones have 0.1); objective dpo: of the pairs' log-ratios",
+    )
+    step_beta: float = setting(12.5, "temperature of the step value function, chosen as beta")
     outcome_weight: float = setting(1.0, "weight of the outcome loss")
     step_weight: float = setting(1.0, "weight of the step loss; 0 is outcome-only KTO")
     step_reduction: Literal["mean", "sum"] = setting("mean", "over a completion's labelled steps")

@@ -68,7 +68,7 @@ class Family:
     difficulties: dict[str, Difficulty]
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
     search_seeds: tuple[int, ...] = (100,)
-    ablation_seeds: tuple[int, ...] = (0, 1, 2)
+    ablation_seeds: tuple[int, ...] = (2, 3, 4)
     ablation_difficulty: str = "hard"
     arms: tuple[str, ...] = tuple(ARMS)
     ablations: tuple[str, ...] = tuple(ABLATIONS)

@@ -19,7 +19,6 @@ from .words import (
     fold,
     listed,
     paragraph,
-    plain,
     settings_text,
     table,
 )  # fmt: skip
@@ -62,7 +61,7 @@ def method(page: Page) -> list[str]:
         lines += labels + paragraph(
             "Labels of all iterations together, as means over seeds. A seed set is matched with more prompts by "
             "checked solutions, not by labels: a solution of the seed set has a label a step, one of more prompts one "
-            "label. CPU seconds are of training and its evaluations."
+            "label. CPU seconds are of training and its evaluations, of the seed that took the fewest."
         )
     lines += paragraph(
         "**Measures**, of held-out problems, steps judged by the exact checker. Pass@1: share of problems whose greedy "
@@ -145,12 +144,13 @@ def labels_cells(page: Page, run: Run) -> tuple[str, ...]:
     rollouts = prompts * completions * iterations
     mean_steps, first = page.study.over(run, mean_step_labels), page.study.over(run, first_steps)
     steps = f"{rollouts * mean_steps.value:,.0f}" if mean_steps else "yes"
+    seconds = cost(page.study.runs(*run).values())
     seed_set = setting(record, "prm_seed_problems") * setting(record, "prm_seed_generations")
     seed_text = f"{seed_set:,} solutions" + (f", about {seed_set * first.value:,.0f} step labels" if first else "")
     return (
         arm.text, f"{prompts:,} x {completions}", f"{rollouts:,}" if arm.outcomes == "yes" else arm.outcomes,
         steps if arm.steps == "yes" else arm.steps, seed_text if arm.seed_set else "no",
-        plain(page.study.over(run, cost), 0),
+        "" if seconds is None else f"{seconds:.0f}",
     )  # fmt: skip
 
 

@@ -154,7 +154,7 @@ def ablations(page: Page) -> list[str]:
     lines += paragraph(
         "One thing changed at a time, learning rate and beta as chosen for the base. Differences are the variant minus "
         "its base, over the seeds of which both finished, in points of the last model; shown ones in bold. CPU: "
-        "seconds of training, over the base's."
+        "seconds of training, over the base's, each of the seed that took the fewest."
         + (f" With {counted(most, 'seed')} the interval is wide: only large effects can be shown." if most > 1 else "")
     )
     rows = [

@@ -1,6 +1,6 @@
 """The ablations beside their base, and how many differences the page judges with them."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from .findings import ASKED, DIFFERENCES, VARIANTS, Page, pairs, setting
@@ -40,12 +40,12 @@ def variants(page: Page) -> list[Variant]:
             others = page.study.runs(*against)
             differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
             common = sorted(set(runs) & set(others))
-            costs = [(x, y) for s in common if (x := cost(runs[s])) and (y := cost(others[s]))]
+            own, of_base = cost(runs.values()), cost(others.values())
             changed: dict[str, Any] = {}
             for s in common[:1]:
                 changed = {k: v for k, v in runs[s]["overrides"].items() if setting(others[s], k) != v}
             text = VARIANTS.get(name) or settings_text(changed or some["overrides"])
-            times = sum(x for x, _ in costs) / sum(y for _, y in costs) if costs else None
+            times = own / of_base if own and of_base else None
             failed = sum("failed" in r for r in runs.values())
             found.append(Variant(name, difficulty, base, text, differences, len(runs), failed, times))
     return found
@@ -71,8 +71,8 @@ def all_differences(page: Page) -> Iterator[Estimate]:
         yield from v.differences.values()
 
 
-def cost(record: dict) -> float | None:
-    """CPU seconds of a run's training; None where a part of them was spent before it was continued."""
-    if record.get("resumed") or "failed" in record:
-        return None
-    return record.get("train_cpu_seconds", record["cpu_seconds"])
+def cost(records: Iterable[dict]) -> float | None:
+    """CPU seconds of training: the fewest of some runs, since what else a machine does can only add to them. A run that
+    was continued spent a part of them before."""
+    whole = [r for r in records if not r.get("resumed") and "failed" not in r]
+    return min((r.get("train_cpu_seconds", r["cpu_seconds"]) for r in whole), default=None)
