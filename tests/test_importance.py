@@ -96,5 +96,5 @@ def test_one_weight_for_all_tokens_scales_the_gradient(model, rollouts):
         found.append((result.loss, torch.cat([p.grad.flatten() for p in model.parameters()])))
     (plain, g), (corrected, weighted) = found
     assert corrected == plain
-    assert torch.allclose(weighted, w * g, rtol=1e-4, atol=1e-7)
+    assert torch.allclose(weighted, w * g, rtol=1e-4, atol=1e-6 * float(g.abs().max()))
     assert g.norm() > 1e-3
