@@ -5,151 +5,20 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+from made_study import NULL, PLANTED, Maker, part, table_of, text_of
 
 from stepkto_fast.errors import RunError
 from stepkto_fast.study import page
 from stepkto_fast.study.findings import ARMS
 from stepkto_fast.study.pictures import pictures
-from stepkto_fast.study.plan import ready, tuned
-from stepkto_fast.study.results import DIGITS, VERSION, load
+from stepkto_fast.study.results import load
 from stepkto_fast.study.statistics import Estimate, Study
 
 ROOT = Path(__file__).parent.parent
-ITERATIONS = 3
-# What an arm adds to M_0's logits after three iterations: of right answers, and of answers without a flaw.
-PLANTED = {
-    "rft": (0.6, 0.2), "kto": (0.8, 0.3), "kto_more": (0.9, 0.3), "dpo": (0.7, 0.2), "step_only": (0.9, 1.6),
-    "step_kto": (2.4, 2.4), "step_kto_prm": (2.4, 2.4),
-}  # fmt: skip
-NULL = dict.fromkeys(PLANTED, (0.8, 0.3))
-
-
-class Maker:
-    """Writes result files below `folder`: solutions of `problems` problems with effects of seeds and of problems."""
-
-    def __init__(self, folder, problems=250, effects=None, drift=0.04):
-        self.folder, self.problems, self.effects, self.drift = folder, problems, effects or PLANTED, drift
-        self.hardness = np.random.default_rng(7).normal(size=problems)
-
-    def evaluation(self, rng, right, clean, problems):
-        def happens(logit):
-            return rng.random(problems) < 1 / (1 + np.exp(self.hardness[:problems] - logit))
-
-        steps = rng.integers(4, 8, problems)
-        solved, flawless = happens(right), happens(clean)
-        first = np.where(flawless & solved, 0, rng.integers(1, steps + 1))
-        return {
-            "right": "".join(str(int(x)) for x in solved), "first_error": "".join(DIGITS[x] for x in first),
-            "steps": "".join(DIGITS[x] for x in steps), "tokens": 40.0 + right,
-        }  # fmt: skip
-
-    def samples(self, rng, right, clean, problems):
-        chance = 1 / (1 + np.exp(self.hardness[:problems] - right))
-        hits = rng.binomial(8, chance)
-        return {
-            "greedy": self.evaluation(rng, right, clean, problems), "k": 8,
-            "samples_right": "".join(map(str, hits)), "majority_right": "".join(str(int(x > 4)) for x in hits),
-        }  # fmt: skip
-
-    def start(self, difficulty, seed):
-        """M_0's logit of right answers, and its greedy solutions."""
-        rng = np.random.default_rng([seed, 99])
-        logit = (0.6 if difficulty == "easy" else -0.2) + 0.1 * rng.normal()
-        return logit, self.evaluation(rng, logit, 0.5, self.problems)
-
-    def head(self, t, chance):
-        """The head's figures of M_t: by default AUROC falls."""
-        auroc = 0.95 - self.drift * t + 0.01 * chance
-        return {"f1": 0.9 - 0.1 * t, "precision": 0.8, "recall": 0.85, "auroc": auroc, "ece": 0.1, "threshold": 0.5}
-
-    def run(self, stage, difficulty, name, seed, arm=None, effect=None, **more):
-        arm = arm or name
-        right, clean = effect or self.effects[arm]
-        of_run = np.random.default_rng([seed, sum(map(ord, stage + difficulty + name))])
-        start, first = self.start(difficulty, seed)
-        noise = 0.05 * of_run.normal(size=2)
-        greedy, head = [first], arm == "step_kto_prm"
-        for t in range(1, ITERATIONS + 1):
-            share = t / ITERATIONS
-            logits = start + share * right + noise[0], 0.5 + share * clean + noise[1]
-            greedy.append(self.evaluation(of_run, *logits, self.problems))
-        iterations = [
-            {"iteration": t, "pass@1": greedy[t]["right"].count("1") / self.problems, "flawed_correct": 0.1,
-             "step_accuracy": 0.9 + 0.02 * t, "kl_from_initial": 0.5 * t, "completion_length": 40.0, "truncated": 0.0,
-             "prm": self.head(t, of_run.random()) if head else {}}
-            for t in range(ITERATIONS + 1)
-        ]  # fmt: skip
-        rollouts = [
-            {"accuracy": 0.5, "truncated": 0.0, "step_labels/right": 0.9, "step_labels/labelled": 1.0,
-             "prm/auroc": 0.85 if head else None, "completions/mean_length": 40.0, "completions/mean_steps": 6.0}
-            for _ in range(ITERATIONS)
-        ]  # fmt: skip
-        overrides = {"learning_rate": 1e-4, "beta": 0.5, "step_beta": 0.5}
-        record = {
-            "stage": stage, "difficulty": difficulty, "name": name, "arm": arm, "seed": seed, "overrides": overrides,
-            "recipe": {
-                "num_prompts": 300, "engine": "transformers", "max_operations": 6 if difficulty == "easy" else 9,
-                "hidden_size": 64,
-            },
-            "versions": {"torch": "2.13"}, "machine": "Test CPU, 1 thread", "cpu_seconds": 200.0, "seconds": 210.0,
-            "train_cpu_seconds": (100.0 if stage == "main" else 130.0) + 7 * seed, "initial_weights": f"w{seed}",
-            "iterations": iterations, "rollouts": rollouts, "greedy": greedy,
-        }  # fmt: skip
-        if stage == "main":
-            shorter = self.problems - 20
-            record["final"] = {
-                "test": self.samples(of_run, *logits, self.problems) | {"greedy": greedy[-1]},
-                "shifted": self.samples(of_run, logits[0] - 1, logits[1] - 1, shorter),
-            }
-        return self.write(record | more)
-
-    def initial(self, difficulty, seed):
-        rng = np.random.default_rng([seed, 3])
-        record = {
-            "difficulty": difficulty, "seed": seed, "recipe": {}, "seconds": 9.0, "cpu_seconds": 9.0,
-            "weights": f"w{seed}",
-            "test": self.samples(rng, 0.2, 0.5, self.problems) | {"greedy": self.start(difficulty, seed)[1]},
-            "shifted": self.samples(rng, -0.8, -0.5, self.problems - 20),
-        }  # fmt: skip
-        return self.write(record)
-
-    def write(self, record):
-        place = [record["difficulty"], f"seed_{record['seed']}.json"]
-        place = ["initial", *place] if "stage" not in record else [record["stage"], place[0], record["name"], place[1]]
-        path = self.folder.joinpath(*place)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({"version": VERSION} | record))
-        if "stage" in record and not (self.folder / "initial" / record["difficulty"] / place[-1]).exists():
-            self.initial(record["difficulty"], record["seed"])  # as the study does before any run
-        return path
-
-    def study(self, difficulties=("easy", "hard"), seeds=5):
-        for difficulty in difficulties:
-            for seed in range(seeds):
-                self.initial(difficulty, seed)
-                for arm in self.effects:
-                    self.run("main", difficulty, arm, seed)
-        return self
-
-    def search(self, difficulty="hard", arm="kto"):
-        for rate, right in ((5e-5, 0.2), (1e-4, 1.5), (2e-4, 0.4)):
-            overrides = {"learning_rate": rate, "beta": 0.5, "step_beta": 0.5}
-            name = f"{arm}-rate_{rate:g}-beta_0.5"
-            self.run("search", difficulty, name, 100, arm, (right, 0.3), overrides=overrides)
-        return self
-
-    def ablations(self, names=("points_exact", "noise_20", "after_mask"), seeds=3):
-        effects = {"noise_20": (0.3, 0.2), "points_exact": PLANTED["step_kto"]}
-        for seed in range(seeds):
-            for name in names:
-                overrides = {"learning_rate": 1e-4, "beta": 0.5, "step_beta": 0.5, "reference_points": "exact"}
-                effect = effects.get(name, PLANTED["step_kto"])
-                self.run("ablations", "hard", name, seed, "step_kto", effect, overrides=overrides)
-        return self
 
 
 @pytest.fixture(scope="module")
@@ -157,24 +26,6 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     Maker(folder).study().search().ablations()
     return folder
-
-
-def text_of(folder: Path, **options) -> str:
-    return page.page_text(Study(load(folder), 500), {}, **options)
-
-
-def part(text: str, title: str) -> str:
-    """A section's text on one line."""
-    found = re.search(rf"^## {re.escape(title)}\n(.*?)(?=^## |\Z)", text, re.DOTALL | re.MULTILINE)
-    assert found is not None, f"no section {title}"
-    return " ".join(found[1].split())
-
-
-def table_of(text: str, title: str) -> dict[str, list[str]]:
-    """The rows of a section's tables: first cell -> the others."""
-    lines = text.partition(f"\n## {title}\n")[2].partition("\n## ")[0].splitlines()
-    rows = [[cell.strip() for cell in line[1:-1].split(" | ")] for line in lines if line.startswith("| `")]
-    return {row[0]: row[1:] for row in rows}
 
 
 def test_the_planted_winner_is_found(whole):
@@ -395,65 +246,6 @@ def test_the_last_greedy_evaluation_of_a_run_is_that_of_its_last_model(tmp_path)
     assert study.level(run, "test", "pass@1").value == study.level(run, 3, "pass@1").value > 0
 
 
-def test_the_search_marks_what_was_chosen(whole, tmp_path):
-    found = part(text_of(whole), "Search")
-    row = re.search(r"\| hard \| `kto` \| 0.5 \| (.*?) \| (.*?) \| (.*?) \|", found)
-    assert row is not None
-    assert [cell.startswith("**") for cell in row.groups()] == [False, True, False]
-    assert all(cell.strip("*").endswith(" (1.5)") for cell in row.groups())  # KL from M_0
-    assert "Chosen, hard: `kto` 0.0001 and 0.5 (3 tried)." in found
-    assert (
-        "`kto_more` takes what was chosen for `kto` and `step_kto_prm` takes what was chosen for `step_kto`." in found
-    )
-    Maker(tmp_path).search()
-    found = part(text_of(tmp_path), "Search")
-    assert "Chosen, hard: `kto` not chosen yet (3 tried)." in found
-    assert "The search is not over: `kto` (hard)." in found
-
-
-def climb(maker, effect):
-    """Runs the whole search of `kto` on the first difficulty; `effect` of a learning rate and a beta."""
-    while specs := [s for s in ready(page.FAMILY, searches(maker), ("search",)) if (s.difficulty, s.arm) == WHERE]:
-        for s in specs:
-            right = effect(s.overrides["learning_rate"], s.overrides["beta"])
-            maker.run("search", s.difficulty, s.name, s.seed, s.arm, (right, 0.3), overrides=s.overrides)
-    return tuned(page.FAMILY, *WHERE, searches(maker))
-
-
-WHERE = ("easy", "kto")
-
-
-def searches(maker):
-    return [r for r in load(maker.folder) if r["stage"] == "search"] if maker.folder.exists() else []
-
-
-def test_what_the_search_ended_with_is_chosen_and_what_the_runs_use_is_said(tmp_path):
-    maker = Maker(tmp_path, problems=400, effects={"kto": PLANTED["kto"]})
-    start = page.FAMILY.start
-    chosen = climb(maker, lambda rate, beta: -3.0 if (rate, beta) != start else 1.5)
-    assert (chosen["learning_rate"], chosen["beta"]) == start
-    found = part(text_of(tmp_path), "Search")
-    assert f"Chosen, easy: `kto` {start[0]:g} and {start[1]:g} (5 tried)." in found
-    assert "4 of 5 settings end below M_0, far from it: KL 1.5 to 1.5 nats" in found
-    maker.run("main", "easy", "kto", 0, overrides=chosen)
-    assert "highest" not in part(text_of(tmp_path), "Search")
-    maker.run("main", "easy", "kto", 0, overrides=chosen | {"learning_rate": start[0] / 2})
-    assert "The chosen setting is not the one with the highest Pass@1: `kto` (easy)." in part(
-        text_of(tmp_path), "Search"
-    )
-    maker.run("main", "easy", "kto", 0, overrides=chosen | {"learning_rate": 1.0})
-    assert "The runs use a setting that was not tried: `kto` (easy)." in part(text_of(tmp_path), "Search")
-
-
-def test_the_search_says_when_it_ended_at_its_edge(tmp_path):
-    maker = Maker(tmp_path, problems=400, effects={"kto": PLANTED["kto"]})
-    low, high = page.FAMILY.rate_limits
-    chosen = climb(maker, lambda rate, beta: 2.0 * math.log(rate / low) / math.log(high / low))
-    assert chosen["learning_rate"] * 2 > high
-    found = part(text_of(tmp_path), "Search")
-    assert "The chosen setting lies at the edge of what could be tried: `kto` (easy)." in found
-
-
 @pytest.mark.parametrize(
     "make",
     [
@@ -586,66 +378,6 @@ def test_a_readme_without_both_markers_in_order(tmp_path):
     readme.write_text("<!-- study: end --> <!-- study: start -->\n")
     with pytest.raises(RunError, match="once each"):
         page.texts(study, tmp_path / "docs", tmp_path / "images")
-
-
-def damage_version(record):
-    return record | {"version": 2}
-
-
-def damage_key(record):
-    return {k: v for k, v in record.items() if k != "greedy"}
-
-
-def damage_digit(record):
-    record["greedy"][1]["right"] = "2" + record["greedy"][1]["right"][1:]
-    return record
-
-
-def damage_length(record):
-    record["greedy"][1]["steps"] += "4"
-    return record
-
-
-def damage_samples(record):
-    record["final"]["test"]["samples_right"] = "9" * 40
-    return record
-
-
-def damage_place(record):
-    return record | {"seed": 3}
-
-
-def damage_problems(record):
-    for greedy in record["greedy"]:
-        greedy |= {key: greedy[key][:-1] for key in ("right", "first_error", "steps")}
-    return record | {"final": {}}
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (damage_version, "its version is 2"), (damage_key, "'greedy' is missing"),
-        (damage_digit, "digit that is out of range"), (damage_length, "40, 40 and 41 problems"),
-        (damage_samples, "samples with a digit"), (damage_place, "says that it is main/easy/kto/seed_3"),
-        (damage_problems, "has 39 test problems"),
-    ],
-    ids=lambda x: x.__name__ if callable(x) else "",
-)  # fmt: skip
-def test_a_damaged_file_is_named(tmp_path, damage, message):
-    maker = Maker(tmp_path, problems=40)
-    maker.run("main", "easy", "kto", 0)
-    path = maker.run("main", "easy", "kto", 1)
-    path.write_text(json.dumps(damage(json.loads(path.read_text()))))
-    with pytest.raises(RunError, match=re.escape(message)) as caught:
-        load(tmp_path)
-    assert str(path) in str(caught.value)
-
-
-def test_a_file_that_is_cut_off_is_named(tmp_path):
-    path = Maker(tmp_path, problems=40).run("main", "easy", "kto", 0)
-    path.write_text(path.read_text()[:500])
-    with pytest.raises(RunError, match=re.escape(str(path))):
-        load(tmp_path)
 
 
 def test_results_of_settings_that_the_study_has_no_more_are_left_out(whole, tmp_path):
