@@ -12,7 +12,7 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from made_study import NULL, PLANTED, Maker, part, table_of, text_of
 
 from stepkto_fast.errors import RunError
-from stepkto_fast.study import page
+from stepkto_fast.study import figures, page
 from stepkto_fast.study.findings import ARMS
 from stepkto_fast.study.pictures import pictures
 from stepkto_fast.study.results import load
@@ -108,6 +108,29 @@ def test_ablations_are_beside_their_base_over_common_seeds(whole, tmp_path):
     assert "(2 seeds)" in found["`a_name_of_its_own`"][4]
 
 
+def test_the_outcome_loss_is_held_against_the_step_loss_alone(tmp_path):
+    maker, lead = Maker(tmp_path).study(("hard",), 4), "**The outcome loss beside the step loss**,"
+    assert lead not in text_of(tmp_path)
+    for seed in (1, 3):
+        maker.run("ablations", "hard", "outcome_wrong", seed, "step_kto", (-0.6, -1.0))
+        maker.run("ablations", "hard", "step_weight_3", seed, "step_kto", PLANTED["step_only"])
+    text = text_of(tmp_path)
+    rest = text[text.index(lead) :]
+    found = {row: table_of(f"\n## one\n{rest}", "one")[row] for row in ("`kto`", "`step_weight_3`", "`outcome_wrong`")}
+
+    def solved(stage, name, seed, t):
+        record = json.loads((tmp_path / stage / "hard" / name / f"seed_{seed}.json").read_text())
+        return 100 * record["iterations"][t]["pass@1"]
+
+    for stage, name, seeds in (("main", "kto", (0, 1, 2, 3)), ("ablations", "outcome_wrong", (1, 3))):
+        for column, t in ((1, 1), (2, 3)):
+            gaps = [solved(stage, name, seed, t) - solved("main", "step_only", seed, t) for seed in seeds]
+            value = found[f"`{name}`"][column].strip("*").split(" ")[0]
+            assert float(value) == pytest.approx(sum(gaps) / len(gaps), abs=0.051)
+    assert "worse** (2 seeds)" in found["`outcome_wrong`"][2]
+    assert "worse" not in found["`step_weight_3`"][2]
+
+
 def fail(path, models):
     """Makes a run one that failed after so many evaluations."""
     record = json.loads(path.read_text())
@@ -137,6 +160,26 @@ def test_where_all_ablations_failed_nothing_is_judged(tmp_path):
         fail(maker.run("ablations", "hard", "after_mask", seed, "step_kto"), 2)
     found = table_of(text_of(tmp_path), "Ablations")
     assert found["`after_mask`"][3:] == ["0", "3 of 3"]  # columns that nothing fills are left out
+
+
+def test_wide_intervals_leave_the_frame_and_the_caption_says_so(monkeypatch):
+    said = []
+    monkeypatch.setattr(figures, "_png", said.append)
+
+    def drawn(*estimates):
+        rows = [figures.Row("a", Estimate(*e, 3), "no difference") for e in estimates]
+        figures.forest([[figures.Forest("t", "points", 1, rows)]], "title", "Caption.")
+        return said[-1].axes[0].get_xlim(), said[-1].get_supxlabel()
+
+    wide, caption = drawn((-0.1, -0.9, 0.7), (0.02, 0.0, 0.04))
+    assert wide == pytest.approx((-30, 30))
+    assert caption == "Caption. Lines that meet the frame go on."
+    narrow, caption = drawn((-0.1, -0.2, 0.0), (0.0, 0.0, 0.0))
+    assert -30 < narrow[0] < -20
+    assert 0 < narrow[1] < 30
+    assert caption == "Caption."
+    assert drawn((0.0, -0.2, 0.2))[0][0] < -20  # nothing to cut at
+    assert drawn((0.1, math.nan, math.nan))[1] == "Caption."
 
 
 def test_noise_is_no_choice(whole):

@@ -26,6 +26,7 @@ STYLES = {
 }  # fmt: skip
 BETTER, WORSE, NEITHER = BLUE, VERMILLION, "#8a8a8a"
 WIDTH, DPI = 10.0, 130
+REACH = 3.0
 
 
 class Panel(NamedTuple):
@@ -56,6 +57,11 @@ class Forest(NamedTuple):
 
     def estimates(self) -> list[Estimate]:
         return [row.difference for row in self.rows if not math.isnan(row.difference.value)]
+
+    def bounds(self) -> list[tuple[float, float, float]]:
+        """Value, lower and upper bound of each difference as drawn."""
+        scale = 100.0 if self.share else 1.0
+        return [(scale * e.value, scale * e.low, scale * e.high) for e in self.estimates()]
 
 
 def curves(panels: Sequence[Sequence[Panel]], title: str, caption: str, intervals: bool = True) -> bytes:
@@ -113,8 +119,19 @@ def _curves(axes: Axes, panel: Panel, intervals: bool) -> list[tuple[str, str, f
 
 
 def forest(panels: Sequence[Sequence[Forest]], title: str, caption: str) -> bytes:
-    """Differences with their intervals, one row each; the panels of a row have the same labels."""
+    """Differences with their intervals, one row each; the panels of a row have the same labels.
+
+    The frame reaches to `REACH` times the largest difference of its column: a wide interval goes on outside.
+    """
     heights = [0.75 + 0.3 * len(line[0].rows) for line in panels]
+    reaches, cut = [], ""
+    for number in range(max(map(len, panels))):
+        column = [panel for line in panels for panel in line[number : number + 1]]
+        bounds = [of_row for panel in column for of_row in panel.bounds()]
+        reaches.append(REACH * max((abs(value) for value, _, _ in bounds if value), default=math.inf))
+        if any(max(abs(low), abs(high)) > reaches[-1] for _, low, high in bounds):
+            cut = " Lines that meet the frame go on."
+    caption += cut
     figure = _figure(1.15 + sum(heights), title, caption)
     grid = figure.subplots(len(panels), max(map(len, panels)), squeeze=False, height_ratios=heights)
     for line, of_line in zip(panels, grid, strict=True):
@@ -122,10 +139,10 @@ def forest(panels: Sequence[Sequence[Forest]], title: str, caption: str) -> byte
             axes.set_visible(False)
         for number, (panel, axes) in enumerate(zip(line, of_line, strict=False)):
             _forest(axes, panel, labels=number == 0)
-    for column in grid.T:  # the same scale from row to row
+    for column, reach in zip(grid.T, reaches, strict=True):  # the same scale from row to row
         limits = [axes.get_xlim() for axes in column if axes.get_visible()]
         for axes in column:
-            axes.set_xlim(min(low for low, _ in limits), max(high for _, high in limits))
+            axes.set_xlim(max(min(low for low, _ in limits), -reach), min(max(high for _, high in limits), reach))
     return _png(figure)
 
 

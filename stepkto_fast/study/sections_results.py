@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from .findings import ASKED, DIFFERENCES, Page, compare, growth, of_last, pairs, rows_of, sentence
 from .heads import drift_sentences, heads
 from .statistics import METRICS, Estimate, Run
-from .variants import failed_variants, variants
+from .variants import failed_variants, variants, with_outcomes
 from .words import (
     bullets,
     capital,
@@ -166,7 +166,30 @@ def ablations(page: Page) -> list[str]:
     titles = ("variant", "what changes", "difficulty", "base", "seeds", *(METRICS[m].title for m in ASKED), "CPU",
               "failed")  # fmt: skip
     lines += bullets(failed_variants(found)) + page.picture("ablations")
-    return [*lines, *fold("All ablations", table(titles, rows))]
+    return [*lines, *fold("All ablations", table(titles, rows)), *beside_steps(page)]
+
+
+def beside_steps(page: Page) -> list[str]:
+    """What the outcome loss does beside the step loss."""
+    planned, lines = len(page.family.ablation_seeds), []
+    for difficulty in page.study.difficulties("ablations"):
+        found = with_outcomes(page, difficulty)
+        rows = [
+            (f"`{x.name}`", x.text, *(shown(e, METRICS["pass@1"], planned) for e in (x.first, x.last.get("pass@1"))),
+             shown(x.last.get("flawed_correct"), METRICS["flawed_correct"], planned))
+            for x in found
+        ]  # fmt: skip
+        last = f"M_{page.last(difficulty)}"
+        titles = ("run", "losses", "Pass@1, M_1", f"Pass@1, {last}", f"{METRICS['flawed_correct'].title}, {last}")
+        if not rows:
+            continue
+        lines += paragraph(
+            f"**The outcome loss beside the step loss**, {difficulty}: runs with it minus `step_only`, the step loss "
+            "alone, in points. An outcome has one sign for a whole solution: that of a wrong answer pushes its right "
+            "steps down, that of a flawed right answer its wrong steps up."
+        )
+        lines += table(titles, rows)
+    return lines
 
 
 # ---- how it was done ----

@@ -51,6 +51,38 @@ def variants(page: Page) -> list[Variant]:
     return found
 
 
+# Runs from the outcome loss alone to ever more of the step loss, then with a part of the outcome loss.
+WITH_OUTCOMES: dict[tuple[str, str], str] = {
+    ("main", "kto"): "the outcome loss alone",
+    ("ablations", "step_weight_0.3"): "both, the step loss weighs 0.3",
+    ("main", "step_kto"): "both, each weighs 1",
+    ("ablations", "step_weight_3"): "both, the step loss weighs 3",
+    ("ablations", "classes_unweighted"): "both, classes not balanced",
+    ("ablations", "outcome_right"): "both, classes not balanced, outcomes of right answers alone",
+    ("ablations", "outcome_wrong"): "both, classes not balanced, outcomes of wrong answers alone",
+}
+
+
+class WithOutcomes(NamedTuple):
+    """A run that has the outcome loss, beside the step loss alone over common seeds, at M_1 and of the last model."""
+
+    name: str
+    text: str
+    first: Estimate | None
+    last: dict[str, Estimate]
+
+
+def with_outcomes(page: Page, difficulty: str) -> list[WithOutcomes]:
+    """What the outcome loss does to the step loss; empty without an ablation of their weights."""
+    found, alone = [], ("main", difficulty, "step_only")
+    for (stage, name), text in WITH_OUTCOMES.items():
+        run: Run = (stage, difficulty, name)
+        last = {m: e for m in ASKED if (e := page.study.difference(run, alone, "test", m))}
+        if last:
+            found.append(WithOutcomes(name, text, page.study.difference(run, alone, 1, "pass@1"), last))
+    return found if any(("ablations", x.name) in WITH_OUTCOMES for x in found) else []
+
+
 def failed_variants(found: list[Variant]) -> list[str]:
     """A line on those of which runs failed, if any did."""
     names = [f"`{v.name}` ({v.failed} of {counted(v.runs, 'run')})" for v in found if v.failed]
@@ -69,6 +101,10 @@ def all_differences(page: Page) -> Iterator[Estimate]:
             yield from (e for m in DIFFERENCES if (e := page.difference(difficulty, a, b, m)) is not None)
     for v in variants(page):
         yield from v.differences.values()
+    for difficulty in page.study.difficulties("ablations"):
+        for x in with_outcomes(page, difficulty):
+            if ("ablations", x.name) in WITH_OUTCOMES:  # the others are among the pairs of arms
+                yield from x.last.values()
 
 
 def cost(records: Iterable[dict]) -> float | None:
