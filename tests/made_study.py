@@ -25,12 +25,13 @@ class Maker:
     def __init__(self, folder, problems=250, effects=None, drift=0.04):
         self.folder, self.problems, self.effects, self.drift = folder, problems, effects or PLANTED, drift
         self.hardness = np.random.default_rng(7).normal(size=problems)
+        self.steps = np.random.default_rng(8).integers(4, 8, problems)
 
     def evaluation(self, rng, right, clean, problems):
         def happens(logit):
             return rng.random(problems) < 1 / (1 + np.exp(self.hardness[:problems] - logit))
 
-        steps = rng.integers(4, 8, problems)
+        steps = self.steps[:problems]
         solved, flawless = happens(right), happens(clean)
         first = np.where(flawless & solved, 0, rng.integers(1, steps + 1))
         return {

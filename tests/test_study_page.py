@@ -12,11 +12,12 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from made_study import NULL, PLANTED, Maker, part, table_of, text_of
 
 from stepkto_fast.errors import RunError
-from stepkto_fast.study import figures, page
+from stepkto_fast.study import figures, findings, page
 from stepkto_fast.study.findings import ARMS
 from stepkto_fast.study.pictures import pictures
 from stepkto_fast.study.results import load
-from stepkto_fast.study.statistics import Estimate, Study
+from stepkto_fast.study.statistics import METRICS, Estimate, Study
+from stepkto_fast.study.words import gap
 
 ROOT = Path(__file__).parent.parent
 
@@ -40,8 +41,10 @@ def test_the_planted_winner_is_found(whole):
     rows = {line.split(":")[0]: line for line in text.splitlines() if line.startswith(("| Step", "| A PRM"))}
     assert rows["| Step labels or none"].count("better**") == 4
     assert "**" not in rows["| A PRM's labels or exact ones"]
-    assert "`step_kto` minus `kto` from M_1 on: in Pass@1 it grows on easy (+" in part(text, "Results")
-    assert "; in flawed right answers it falls on easy (-" in part(text, "Results")
+    found = part(text, "Results")
+    assert "`step_kto` minus `kto` from M_1 on: in Pass@1 it moves in favour of `step_kto` on hard (+" in found
+    assert "; in flawed right answers it moves in favour of `step_kto` on easy (-" in found
+    assert "Lost form" not in found
     assert "Pass@1, easy and hard: label steps where they can be checked (+" in part(text, "Advice")
     assert "the paper's sign at M_1, M_2 and M_3, shown at" in part(text, "Against the paper")
     for section in ("What has been run", "Results", "Longer chains", "Ablations", "Search", "Limits"):
@@ -127,8 +130,51 @@ def test_the_outcome_loss_is_held_against_the_step_loss_alone(tmp_path):
             gaps = [solved(stage, name, seed, t) - solved("main", "step_only", seed, t) for seed in seeds]
             value = found[f"`{name}`"][column].strip("*").split(" ")[0]
             assert float(value) == pytest.approx(sum(gaps) / len(gaps), abs=0.051)
+    assert [found[name][-1] for name in found] == ["0 of 4 runs", "0 of 2 runs", "0 of 2 runs"]
     assert "worse** (2 seeds)" in found["`outcome_wrong`"][2]
     assert "worse" not in found["`step_weight_3`"][2]
+
+
+def test_runs_that_lost_the_form_are_named(tmp_path):
+    maker = Maker(tmp_path).study(("hard",), 2).ablations(("after_mask",), 2)
+
+    def longer(stage, name, seed, shares):
+        """Gives a share of each model's solutions one line more."""
+        path = tmp_path / stage / "hard" / name / f"seed_{seed}.json"
+        record = json.loads(path.read_text())
+        for greedy, share in zip(record["greedy"], shares, strict=True):
+            many = round(share * maker.problems)
+            greedy["steps"] = "".join("9" * many) + greedy["steps"][many:]
+        path.write_text(json.dumps(record))
+
+    longer("main", "kto", 1, (0, 0, 0.3, 0.2))
+    longer("main", "dpo", 0, (0, 0, 0, 0.1))  # not more than a tenth
+    longer("ablations", "after_mask", 0, (0, 0, 0, 0.4))
+    text = text_of(tmp_path)
+    found = part(text, "Results")
+    assert (
+        "more than 10 % of the test problems: 1 of 2 runs of `kto` (hard, seed 1: 30.0 % at M_2) and 1 of 2 runs of "
+        "ablations (`after_mask` 1 of 2); no run of `dpo`, `kto_more`, `rft`, `step_kto`, `step_kto_prm` and "
+        "`step_only`."
+    ) in found
+    assert "some runs lost the form" in part(text, "Advice")
+
+
+def test_an_advantage_that_shrinks_moves_in_favour_of_the_other(monkeypatch):
+    made = {"easy": Estimate(0.03, 0.01, 0.05, 5), "hard": Estimate(-0.2, -0.4, -0.1, 5)}
+    study = Study([], 10)
+    monkeypatch.setattr(study, "change", lambda a, b, first, last, metric: made[a[1]])
+    monkeypatch.setattr(findings.Page, "difficulties", lambda page: list(made))
+    monkeypatch.setattr(findings.Page, "last", lambda page, difficulty: 3)
+    told = findings.growth(findings.Page(study, findings.FAMILY, {}), "step_kto", "kto", "flawed_correct")
+    assert told is not None
+    assert "in favour of `kto` on easy (+3.0 points [+1.0, +5.0] to M_3)" in told
+    assert "in favour of `step_kto` on hard (-20.0 points [-40.0, -10.0] to M_3)" in told
+
+
+def test_no_bound_that_is_not_0_reads_0():
+    told = gap(Estimate(-0.0144, -0.0286, -0.00002, 5), METRICS["flawed_correct"])
+    assert told == "-1.440 points [-2.860, -0.002]"
 
 
 def fail(path, models):

@@ -234,17 +234,18 @@ def _complete(page: Page, a: str, b: str) -> bool:
 
 
 def growth(page: Page, a: str, b: str, metric: str) -> str | None:
-    """Whether a - b in a metric grows or falls from M_1 to the last model, in words."""
+    """Whether a - b in a metric moves in favour of a or of b from M_1 to the last model, in words."""
     found: dict[str, list[str]] = {}
     for difficulty in page.difficulties():
         last = page.last(difficulty)
         runs: tuple[Run, Run] = ("main", difficulty, a), ("main", difficulty, b)
         e = page.study.change(*runs, 1, last, metric) if last > 1 else None
         if e is not None and e.seeds > 1:
-            kind = judged(e, 1)
+            kind = judged(e, METRICS[metric].good)
             found.setdefault(kind, []).append(f"{difficulty} ({gap(e, METRICS[metric])} to M_{last})")
     words = {
-        "better": "grows on", "worse": "falls on", "no difference": "could not be shown to change on",
+        "better": f"moves in favour of `{a}` on", "worse": f"moves in favour of `{b}` on",
+        "no difference": "could not be shown to change on",
     }  # fmt: skip
     phrases = [f"{word} {listed(found[kind])}" for kind, word in words.items() if kind in found]
     return f"in {METRICS[metric].title} it {', it '.join(phrases)}" if phrases else None

@@ -3,6 +3,7 @@
 import math
 
 from .findings import ASKED, NARROW, QUESTIONS, Page, answer, narrow, pairs
+from .form import lost_form
 from .heads import drift_of, heads
 from .searched import searched
 from .sections_method import failed_runs, method, rerun, search, what_ran
@@ -98,6 +99,11 @@ def advice(page: Page) -> list[str]:
     lines += ablation_advice(page)
     if any(run[0] == "main" and (x := drift_of(page, run)) and x[0].sign < 0 for run in heads(page)):
         lines.append("Refit or check the PRM head as the policy moves: its AUROC falls over the iterations.")
+    if lost_form(page):
+        lines.append(
+            "Watch the length of solutions and KL from M_0, and keep earlier checkpoints: some runs lost the form of "
+            "solutions, see [Results](#results)."
+        )
     text = "In points; each holds for this task and this scale." if lines else "Nothing yet: too little has been shown."
     if unsaid:
         text += f" {capital(WIDE)}: {listed(unsaid)}."

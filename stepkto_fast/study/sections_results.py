@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from .findings import ASKED, DIFFERENCES, Page, compare, growth, of_last, pairs, rows_of, sentence
+from .form import lost_form, lost_of, share_of_runs
 from .heads import drift_sentences, heads
 from .statistics import METRICS, Estimate, Run
 from .variants import failed_variants, variants, with_outcomes
@@ -36,9 +37,11 @@ def results(page: Page) -> list[str]:
     for difficulty in page.difficulties():
         last = page.last(difficulty)
         lines += [f"{capital(page.title(difficulty))}, M_{last}, in per cent:", "", *levels_table(page, difficulty)]
+    said = []
     for a in ("step_kto", "step_kto_prm"):
         if grown := [s for m in ASKED if (s := growth(page, a, "kto", m))]:
-            lines += bullets([f"`{a}` minus `kto` from M_1 on: {'; '.join(grown)}."])
+            said.append(f"`{a}` minus `kto` from M_1 on: {'; '.join(grown)}.")
+    lines += bullets([*said, *lost_form(page)])
     rows = [(f"`{a}` - `{b}`", *difference_cells(page, a, b, DIFFERENCES)) for a, b in pairs(page)]
     lines += fold("All differences of last models, in points", table(("", *difference_titles(page, DIFFERENCES)), rows))
     titles = ("arm", "first error", "before the first error, %", "step accuracy, %", "tokens", "KL from M_0, nats")
@@ -152,9 +155,9 @@ def ablations(page: Page) -> list[str]:
     planned, most = len(page.family.ablation_seeds), max(v.seeds for v in found)
     lines = ["## Ablations", ""]
     lines += paragraph(
-        "One thing changed at a time, learning rate and beta as chosen for the base. Differences are the variant minus "
-        "its base, over the seeds of which both finished, in points of the last model; shown ones in bold. CPU: "
-        "seconds of training, over the base's, each of the seed that took the fewest."
+        "One thing changed at a time, two where it says so; learning rate and beta are those chosen for the base. "
+        "Differences are the variant minus its base, over the seeds of which both finished, in points of the last "
+        "model; shown ones in bold. CPU: seconds of training, over the base's, each of the seed that took the fewest."
         + (f" With {counted(most, 'seed')} the interval is wide: only large effects can be shown." if most > 1 else "")
     )
     rows = [
@@ -176,17 +179,20 @@ def beside_steps(page: Page) -> list[str]:
         found = with_outcomes(page, difficulty)
         rows = [
             (f"`{x.name}`", x.text, *(shown(e, METRICS["pass@1"], planned) for e in (x.first, x.last.get("pass@1"))),
-             shown(x.last.get("flawed_correct"), METRICS["flawed_correct"], planned))
+             shown(x.last.get("flawed_correct"), METRICS["flawed_correct"], planned),
+             share_of_runs(*lost_of(page, x.stage, x.name, difficulty)))
             for x in found
         ]  # fmt: skip
         last = f"M_{page.last(difficulty)}"
-        titles = ("run", "losses", "Pass@1, M_1", f"Pass@1, {last}", f"{METRICS['flawed_correct'].title}, {last}")
+        flawed = f"{METRICS['flawed_correct'].title}, {last}"
+        titles = ("run", "losses", "Pass@1, M_1", f"Pass@1, {last}", flawed, "lost form")
         if not rows:
             continue
         lines += paragraph(
             f"**The outcome loss beside the step loss**, {difficulty}: runs with it minus `step_only`, the step loss "
-            "alone, in points. An outcome has one sign for a whole solution: that of a wrong answer pushes its right "
-            "steps down, that of a flawed right answer its wrong steps up."
+            "alone, over common seeds, in points. An outcome has one sign for a whole solution: that of a wrong answer "
+            "pushes its right steps down, that of a flawed right answer its wrong steps up. Lost form: as under "
+            "Results."
         )
         lines += table(titles, rows)
     return lines

@@ -66,6 +66,7 @@ WITH_OUTCOMES: dict[tuple[str, str], str] = {
 class WithOutcomes(NamedTuple):
     """A run that has the outcome loss, beside the step loss alone over common seeds, at M_1 and of the last model."""
 
+    stage: str
     name: str
     text: str
     first: Estimate | None
@@ -79,8 +80,8 @@ def with_outcomes(page: Page, difficulty: str) -> list[WithOutcomes]:
         run: Run = (stage, difficulty, name)
         last = {m: e for m in ASKED if (e := page.study.difference(run, alone, "test", m))}
         if last:
-            found.append(WithOutcomes(name, text, page.study.difference(run, alone, 1, "pass@1"), last))
-    return found if any(("ablations", x.name) in WITH_OUTCOMES for x in found) else []
+            found.append(WithOutcomes(stage, name, text, page.study.difference(run, alone, 1, "pass@1"), last))
+    return found if any(x.stage == "ablations" for x in found) else []
 
 
 def failed_variants(found: list[Variant]) -> list[str]:
@@ -103,7 +104,7 @@ def all_differences(page: Page) -> Iterator[Estimate]:
         yield from v.differences.values()
     for difficulty in page.study.difficulties("ablations"):
         for x in with_outcomes(page, difficulty):
-            if ("ablations", x.name) in WITH_OUTCOMES:  # the others are among the pairs of arms
+            if x.stage == "ablations":  # the others are among the pairs of arms
                 yield from x.last.values()
 
 

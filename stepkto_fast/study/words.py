@@ -35,7 +35,7 @@ def gap(e: Estimate, metric: Metric | None = None, unit: bool = True) -> str:
     metric it is one of shares."""
     share = metric is None or metric.share
     scale, digits = (100.0, 1) if share else (1.0, 2)
-    if any(0 < abs(scale * x) < 0.5 * 10**-digits for x in (e.low, e.high)):
+    while digits < 6 and any(0 < abs(scale * x) < 0.5 * 10**-digits for x in (e.low, e.high)):
         digits += 1
     value, low, high = (fixed(scale * x, digits, True) if not math.isnan(x) else "" for x in e[:3])
     points = " points" * (unit and share)
