@@ -12,9 +12,8 @@ pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 from made_study import NULL, PLANTED, Maker, part, table_of, text_of
 
 from stepkto_fast.errors import RunError
-from stepkto_fast.study import figures, findings, page
+from stepkto_fast.study import figures, findings, heads, page, pictures
 from stepkto_fast.study.findings import ARMS
-from stepkto_fast.study.pictures import pictures
 from stepkto_fast.study.results import load
 from stepkto_fast.study.statistics import METRICS, Estimate, Study
 from stepkto_fast.study.words import gap
@@ -34,7 +33,7 @@ def test_the_planted_winner_is_found(whole):
     short = part(text, "In short")
     assert re.match(
         r"\*\*Yes: `step_kto` has a higher Pass@1 \(easy \+[\d.]+ points \[.*?\], hard \+.*?\) and fewer flawed right "
-        r"answers \(easy -.*?\) than `kto`\. Seeds: easy 5 of 5 and hard 5 of 5\.\*\*",
+        r"answers \(easy -.*?\) than `kto`\. Finished seeds: easy 5 of 5 and hard 5 of 5\.\*\*",
         short,
     )
     assert "With the step labels of a PRM head? Yes: `step_kto_prm` has a higher Pass@1" in short
@@ -101,38 +100,45 @@ def test_levels_and_counts_are_those_of_the_files(whole):
 def test_ablations_are_beside_their_base_over_common_seeds(whole, tmp_path):
     found = table_of(text_of(whole), "Ablations")
     assert found["`points_exact`"][:4] == ["reference points: exact KL", "hard", "`step_kto`", "3"]
-    assert found["`noise_20`"][4].endswith("worse**")
-    assert "better" not in found["`points_exact`"][4]
-    assert [row[6] for row in found.values()] == ["1.30x"] * 3
+    assert found["`noise_20`"][6].endswith("worse**")
+    assert "better" not in found["`points_exact`"][6]
+    assert [row[8] for row in found.values()] == ["1.30x"] * 3
     Maker(tmp_path).study(("hard",), seeds=2).ablations(("a_name_of_its_own",))
     found = table_of(text_of(tmp_path), "Ablations")
     expected = ["`reference_points: exact`", "hard", "`step_kto`", "2"]
     assert found["`a_name_of_its_own`"][:4] == expected
-    assert "(2 seeds)" in found["`a_name_of_its_own`"][4]
+    assert "(2 seeds)" in found["`a_name_of_its_own`"][6]
 
 
-def test_the_outcome_loss_is_held_against_the_step_loss_alone(tmp_path):
+def test_the_outcome_loss_is_held_against_the_step_loss_alone_all_else_equal(tmp_path):
     maker, lead = Maker(tmp_path).study(("hard",), 4), "**The outcome loss beside the step loss**,"
-    assert lead not in text_of(tmp_path)
     for seed in (1, 3):
-        maker.run("ablations", "hard", "outcome_wrong", seed, "step_kto", (-0.6, -1.0))
         maker.run("ablations", "hard", "step_weight_3", seed, "step_kto", PLANTED["step_only"])
+        maker.run("ablations", "hard", "outcome_wrong", seed, "step_kto", (-0.6, -1.0))
+    assert lead not in text_of(tmp_path)  # no run of the step loss alone at these settings
+    for seed in (1, 3):
+        maker.run("ablations", "hard", "outcome_none", seed, "step_kto", PLANTED["step_only"])
+        maker.run("ablations", "hard", "unweighted_outcome_none", seed, "step_kto", PLANTED["step_only"])
     text = text_of(tmp_path)
-    rest = text[text.index(lead) :]
-    found = {row: table_of(f"\n## one\n{rest}", "one")[row] for row in ("`kto`", "`step_weight_3`", "`outcome_wrong`")}
+    found = table_of(f"\n## one\n{text[text.index(lead) :]}", "one")
 
     def solved(stage, name, seed, t):
         record = json.loads((tmp_path / stage / "hard" / name / f"seed_{seed}.json").read_text())
         return 100 * record["iterations"][t]["pass@1"]
 
-    for stage, name, seeds in (("main", "kto", (0, 1, 2, 3)), ("ablations", "outcome_wrong", (1, 3))):
-        for column, t in ((1, 1), (2, 3)):
-            gaps = [solved(stage, name, seed, t) - solved("main", "step_only", seed, t) for seed in seeds]
-            value = found[f"`{name}`"][column].strip("*").split(" ")[0]
-            assert float(value) == pytest.approx(sum(gaps) / len(gaps), abs=0.051)
-    assert [found[name][-1] for name in found] == ["0 of 4 runs", "0 of 2 runs", "0 of 2 runs"]
-    assert "worse** (2 seeds)" in found["`outcome_wrong`"][2]
-    assert "worse" not in found["`step_weight_3`"][2]
+    for stage, name, alone in (
+        ("main", "step_kto", "outcome_none"), ("ablations", "step_weight_3", "outcome_none"),
+        ("ablations", "outcome_wrong", "unweighted_outcome_none"),
+    ):  # fmt: skip
+        assert found[f"`{name}`"][1] == f"`{alone}`"
+        for t in (1, 2, 3):
+            gaps = [solved(stage, name, s, t) - solved("ablations", alone, s, t) for s in (1, 3)]
+            value = found[f"`{name}`"][1 + t].strip("*").split(" ")[0]
+            assert float(value) == pytest.approx(sum(gaps) / 2, abs=0.051)
+    assert float(found["`outcome_wrong`"][4].strip("*").split(" ")[0]) < -20
+    assert "worse" not in found["`step_weight_3`"][4]
+    assert found["`outcome_none`"][0] == "the step loss alone"
+    assert [found[f"`{name}`"][-1] for name in ("step_kto", "outcome_none")] == ["0 of 4 runs", "0 of 2 runs"]
 
 
 def test_runs_that_lost_the_form_are_named(tmp_path):
@@ -150,14 +156,28 @@ def test_runs_that_lost_the_form_are_named(tmp_path):
     longer("main", "kto", 1, (0, 0, 0.3, 0.2))
     longer("main", "dpo", 0, (0, 0, 0, 0.1))  # not more than a tenth
     longer("ablations", "after_mask", 0, (0, 0, 0, 0.4))
+    path = tmp_path / "main" / "hard" / "rft" / "seed_0.json"
+    record = json.loads(path.read_text())
+    steps = record["final"]["shifted"]["greedy"]["steps"]
+    record["final"]["shifted"]["greedy"]["steps"] = "9" * (len(steps) // 2) + steps[len(steps) // 2 :]
+    path.write_text(json.dumps(record))
+    # A variant that changed nothing is its base again: no run of its own.
+    base = json.loads((tmp_path / "main" / "hard" / "kto" / "seed_1.json").read_text())
+    maker.write(base | {"stage": "ablations", "name": "kto_points_mismatched"})
+    maker.run("ablations", "hard", "step_sum", 1, "step_kto")
     text = text_of(tmp_path)
     found = part(text, "Results")
     assert (
-        "more than 10 % of the test problems: 1 of 2 runs of `kto` (hard, seed 1: 30.0 % at M_2) and 1 of 2 runs of "
-        "ablations (`after_mask` 1 of 2); no run of `dpo`, `kto_more`, `rft`, `step_kto`, `step_kto_prm` and "
-        "`step_only`."
+        "more than 10 % of the problems: 1 of 2 runs of `kto`, 1 of 2 runs of `rft` and 1 of 3 runs of ablations, on "
+        "hard with seeds 0 and 1; no run of `dpo`, `kto_more`, `step_kto`, `step_kto_prm` and `step_only`."
     ) in found
+    assert [line for line in text.splitlines() if line.startswith(("| `kto`, hard | 1", "| `rft`, hard | 0"))] == [
+        "| `kto`, hard | 1 | 0.0 | 30.0 | 20.0 | 0.0 |",
+        "| `rft`, hard | 0 | 0.0 | 0.0 | 0.0 | 50.0 |",
+    ]
     assert "some runs lost the form" in part(text, "Advice")
+    assert "the base's very solutions: `kto_points_mismatched`." in part(text, "Advice")
+    assert "lost the form of solutions, see Results: `kto` with seed 1." in part(text, "Ablations")
 
 
 def test_an_advantage_that_shrinks_moves_in_favour_of_the_other(monkeypatch):
@@ -193,9 +213,9 @@ def test_a_failed_ablation_is_said_to_have_failed_and_is_not_judged(tmp_path):
     for section in ("Ablations", "Advice"):
         assert "Failed: `step_sum` (1 of 3 runs) and `after_mask` (3 of 3 runs)." in part(text, section)
     found = table_of(text, "Ablations")
-    assert found["`after_mask`"][3:] == ["0", "", "", "", "3 of 3"]
+    assert found["`after_mask`"][3:] == ["0", "", "", "", "", "", "3 of 3"]
     assert found["`step_sum`"][3] == "2"
-    assert found["`step_sum`"][7] == "1 of 3"
+    assert found["`step_sum`"][9] == "1 of 3"
     advice = part(text, "Advice").replace("Failed: `step_sum` (1 of 3 runs) and `after_mask` (3 of 3 runs).", "")
     assert "`after_mask`" not in advice
 
@@ -228,9 +248,18 @@ def test_wide_intervals_leave_the_frame_and_the_caption_says_so(monkeypatch):
     assert drawn((0.1, math.nan, math.nan))[1] == "Caption."
 
 
+def test_the_drift_figure_has_no_share_above_1(tmp_path):
+    Maker(tmp_path, drift=-0.016).study(("hard",), 2)
+    made = findings.Page(Study(load(tmp_path), 500), findings.FAMILY, {})
+    run = ("main", "hard", "step_kto_prm")
+    assert max(heads.head(made, run, t).high for t in range(4)) > 1
+    (panel,) = pictures._drift_panels(made)
+    assert max(e.high for e in panel.lines["step_kto_prm"]) == 1.0
+
+
 def test_noise_is_no_choice(whole):
     advice = part(text_of(whole), "Advice")
-    assert "Step labels turned over, 20 %: Pass@1 -" in advice
+    assert "Step labels turned over, 20 %: Pass@1 of M_" in advice
     assert "worse than the base" not in advice
 
 
@@ -238,13 +267,13 @@ def test_noise_is_no_choice(whole):
     ("change", "expected"),
     [
         (lambda m: [fail(m.run("main", "easy", "step_kto", s), 2) for s in (1, 3)],
-         "So far: `step_kto` has a higher Pass@1 (easy +.*Seeds: easy 3 of 5; hard not answered yet; 2 runs of "
-         "`step_kto` failed."),
+         "So far: `step_kto` has a higher Pass@1 (easy +.*Finished seeds: easy 3 of 5; hard not answered yet; 2 runs "
+         "of `step_kto` failed."),
         (lambda m: m.study(("hard",)) and fail(m.run("main", "hard", "kto", 2), 2),
-         "Yes: `step_kto` has .*Seeds: easy 5 of 5 and hard 4 of 5; 1 run of `kto` failed."),
+         "Yes: `step_kto` has .*Finished seeds: easy 5 of 5 and hard 4 of 5; 1 run of `kto` failed."),
         (lambda m: m.study(("hard",), 1),
          "So far: `step_kto` has .*too few seeds for a verdict on `step_kto` minus `kto`, so far Pass@1 (hard +.*"
-         "Seeds: easy 5 of 5 and hard 1 of 5."),
+         "Finished seeds: easy 5 of 5 and hard 1 of 5."),
     ],
     ids=["failed runs and a difficulty missing", "complete, one failed", "one seed of a difficulty"],
 )  # fmt: skip
@@ -320,7 +349,7 @@ def test_differences_of_fewer_seeds_are_marked(tmp_path):
     maker = Maker(tmp_path, 60).study(("easy",), 2)
     for arm in ("kto", "step_kto"):
         maker.run("main", "easy", arm, 2)
-    rows = [line for line in text_of(tmp_path).splitlines() if line.startswith("| Step labels or")]
+    rows = [line for line in text_of(tmp_path).splitlines() if line.startswith(("| Step labels or", "| Both losses"))]
     assert "seeds)" not in rows[0]
     assert rows[1].count("(2 seeds)") == 2
     assert "Finished seeds, of 5 planned: easy 3" in " ".join(text_of(tmp_path).split())
@@ -456,7 +485,7 @@ def test_texts_and_figures_are_the_same_each_time(tmp_path):
     first, second = (Study(load(tmp_path), 100) for _ in range(2))
     assert page.page_text(first, {}) == page.page_text(second, {})
     assert page.readme_block(first) == page.readme_block(second)
-    assert pictures(first)["main"]() == pictures(second)["main"]()
+    assert pictures.pictures(first)["main"]() == pictures.pictures(second)["main"]()
 
 
 def test_a_readme_without_both_markers_in_order(tmp_path):

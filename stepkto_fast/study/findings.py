@@ -43,6 +43,8 @@ VARIANTS = {
     "step_sum": "sum over steps instead of the mean",
     "after_mask": "steps behind the first wrong one are unlabelled",
     "classes_unweighted": "right and wrong are not brought to the same weight",
+    "outcome_none": "the step loss alone, at the base's learning rate and beta",
+    "unweighted_outcome_none": "as `classes_unweighted`, the step loss alone",
     "outcome_right": "as `classes_unweighted`, no outcome loss of wrong answers",
     "outcome_wrong": "as `classes_unweighted`, no outcome loss of right answers",
     "kto_points_mismatched": "outcome-only KTO with KTO's mismatched pairs",
@@ -55,7 +57,7 @@ VARIANTS = {
 }
 QUESTIONS = (
     ("Step labels or none", "step_kto", "kto"),
-    ("Step labels or more prompts", "step_kto", "kto_more"),
+    ("Both losses or the step loss alone", "step_kto", "step_only"),
     ("A PRM's labels or none", "step_kto_prm", "kto"),
     ("A PRM's labels or more prompts", "step_kto_prm", "kto_more"),
     ("A PRM's labels or exact ones", "step_kto_prm", "step_kto"),
@@ -209,7 +211,7 @@ def scope(page: Page, a: str, b: str) -> str:
             missing.append(difficulty)
         else:
             notes.append(f"{difficulty} {e.seeds} of {planned}")
-    notes = [f"Seeds: {listed(notes)}"] if notes else []
+    notes = [f"Finished seeds: {listed(notes)}"] if notes else []
     if notes and missing:
         notes.append(f"{listed(missing)} not answered yet")
     for name in (a, b):
@@ -263,9 +265,10 @@ def rows_of(page: Page, difficulty: str) -> list[tuple[str, Run]]:
 
 
 def pairs(page: Page) -> list[tuple[str, str]]:
-    """Those of the questions, all arms against outcome-only KTO and against RFT, and the step loss alone."""
+    """Those of the questions, all arms against outcome-only KTO and against RFT, and Step-KTO against more prompts and
+    DPO."""
     arms = {arm: None for difficulty in page.difficulties() for arm in page.arms(difficulty)}
     asked = [(a, b) for _, a, b in QUESTIONS]
     against = [(a, b) for b in ("kto", "rft") for a in arms if a != b and (a, b) != ("kto", "rft")]
-    found = dict.fromkeys([*asked, ("step_kto", "step_only"), *against])
+    found = dict.fromkeys([*asked, ("step_kto", "kto_more"), ("step_kto", "dpo"), *against])
     return [(a, b) for a, b in found if a in arms and b in arms]

@@ -42,10 +42,10 @@ def drift_of(page: Page, run: Run) -> tuple[Estimate, int, int] | None:
 
 
 def drift_sentences(page: Page) -> list[str]:
-    """What the change of the head's AUROC shows, of the arms."""
+    """What the change of the head's AUROC shows, of arms and variants."""
     found: dict[str, list[str]] = {}
     for stage, difficulty, name in heads(page):
-        if stage == "main" and (change := drift_of(page, (stage, difficulty, name))):
+        if change := drift_of(page, (stage, difficulty, name)):
             e, first, last = change
             found.setdefault(judged(e, 1), []).append(f"`{name}` on {difficulty} ({gap(e)} from M_{first} to M_{last})")
     words = {

@@ -14,13 +14,13 @@ from pathlib import Path
 from ..atomic import replacing
 from ..command import run_command
 from ..errors import RunError
-from .findings import COMMAND, FAMILY, IMAGES, Page, answer
+from .findings import COMMAND, FAMILY, IMAGES, Page, answer, compare, sentence
 from .pictures import pictures
 from .plan import FAMILIES, Family, is_current
 from .results import INITIAL, counting, load, sampled
 from .sections import SECTIONS
 from .statistics import RESAMPLES, Study
-from .words import counted, listed, paragraph
+from .words import capital, counted, listed, paragraph
 
 SAMPLES = 8  # a problem: what Maj@8 and Pass@8 are of
 
@@ -53,6 +53,8 @@ def readme_block(
         "With the step labels of a PRM head in place of an exact checker (`step_kto_prm`)? "
         f"{answer(page, 'step_kto_prm', 'kto')}",
     ]
+    if both := compare(page, "step_kto", "step_only"):
+        said.append(f"And the step loss alone (`step_only`)? {capital(sentence(both, 'step_kto', 'step_only'))}.")
     kinds = {"main": "of arms", "ablations": "of ablations", "search": "of the search for settings"}
     runs = {stage: [r for r in study.records if r["stage"] == stage] for stage in kinds}
     counts = []

@@ -16,6 +16,7 @@ SHOWN = "Filled: the interval excludes 0 (blue better, orange worse)."
 MAIN_ARMS = {  # of the main figure
     "rft": "fine-tuning on right answers",
     "kto": "feedback on answers alone",
+    "step_only": "feedback on steps alone, exact labels",
     "step_kto": "feedback on answers and steps, exact labels",
     "step_kto_prm": "the same, steps labelled by a PRM head",
 }
@@ -49,7 +50,7 @@ def pictures(study: Study, family: Family = FAMILY) -> dict[str, Callable[[], by
         )
     if ablated := _ablation_panels(page):
         found["ablations"] = lambda: figures.forest(
-            ablated, "Ablations against their base, last model",
+            ablated, "Ablations against their base",
             f"Variant minus base{_held(e for line in ablated for p in line for e in p.estimates())}. {SHOWN}",
         )  # fmt: skip
     return found
@@ -57,7 +58,7 @@ def pictures(study: Study, family: Family = FAMILY) -> dict[str, Callable[[], by
 
 def figure_main(study: Study, family: Family = FAMILY) -> bytes:
     """Pass@1 and flawed right answers by iteration for the main arms, a column for each difficulty."""
-    return _draw_curves(Page(study, family, {}), list(MAIN_ARMS), "Feedback on answers, or on answers and steps")
+    return _draw_curves(Page(study, family, {}), list(MAIN_ARMS), "Feedback on answers, on steps, or on both")
 
 
 def _held(estimates: Iterable[Estimate]) -> str:
@@ -125,13 +126,14 @@ def _ablation_panels(page: Page) -> list[list[figures.Forest]]:
     for v in variants(page):
         if v.differences:
             groups.setdefault((v.difficulty, v.base), []).append(v)
-    return [
-        [
-            _forest(f"{METRICS[m].title}, minus {base} ({difficulty})", m, [(v.name, v.differences.get(m)) for v in of])
-            for m in ASKED
-        ]
-        for (difficulty, base), of in groups.items()
-    ]
+    rows = []
+    for (difficulty, base), of in groups.items():
+        first = _forest(f"minus {base}\nPass@1 of M$_1$", "pass@1", [(v.name, v.earlier.get(1)) for v in of])
+        last = page.last(difficulty)
+        titles = {m: f"{METRICS[m].title} of M$_{last}$" for m in ASKED}
+        rest = [_forest(f"minus {base}\n{titles[m]}", m, [(v.name, v.differences.get(m)) for v in of]) for m in ASKED]
+        rows.append([first, *rest] if first.estimates() else rest)
+    return rows
 
 
 def _shift_panels(page: Page) -> list[tuple[str, list[tuple[str, Estimate, Estimate]]]]:
@@ -152,5 +154,7 @@ def _drift_panels(page: Page) -> list[figures.Panel]:
     for run in heads(page):
         _, difficulty, name = run
         models = range(page.last(difficulty) + 1)
-        panels.setdefault(difficulty, {})[name] = [head(page, run, t) for t in models]
+        estimates = [head(page, run, t) for t in models]
+        shares = [e and e._replace(low=max(e.low, 0.0), high=min(e.high, 1.0)) for e in estimates]
+        panels.setdefault(difficulty, {})[name] = shares
     return [figures.Panel(page.title(difficulty), "AUROC, %", lines) for difficulty, lines in panels.items()]

@@ -2,7 +2,7 @@
 
 import math
 
-from .findings import ASKED, NARROW, QUESTIONS, Page, answer, narrow, pairs
+from .findings import ASKED, NARROW, QUESTIONS, Page, answer, compare, narrow, pairs, sentence
 from .form import lost_form
 from .heads import drift_of, heads
 from .searched import searched
@@ -17,7 +17,7 @@ from .sections_results import (
     results,
 )
 from .statistics import METRICS, Estimate
-from .variants import all_differences, failed_variants, noise_of, variants
+from .variants import Variant, all_differences, failed_variants, noise_of, variants
 from .words import (
     bullets,
     capital,
@@ -39,6 +39,10 @@ def in_short(page: Page) -> list[str]:
     )
     lines += ["## In short", "", *paragraph(f"**{answer(page, 'step_kto', 'kto')}**")]
     lines += paragraph(f"With the step labels of a PRM head? {answer(page, 'step_kto_prm', 'kto')}")
+    if both := compare(page, "step_kto", "step_only"):
+        lines += paragraph(
+            f"And the step loss alone (`step_only`)? {capital(sentence(both, 'step_kto', 'step_only'))}."
+        )
     lines += page.picture("main")
     difficulties = page.difficulties()
     rows = [
@@ -74,14 +78,15 @@ ADVICE: tuple[tuple[str, str, str, dict[str, tuple[str, str, str]]], ...] = (
         "flawed_correct": ("they leave fewer flawed answers", "prefer exact labels", "they cost little"),
     }),
     ("A seed set for a PRM head, or as many checked solutions of more prompts", "step_kto_prm", "kto_more", {
-        "pass@1": ("take the seed set", "take more prompts", "both do"),
-        "flawed_correct": ("take the seed set", "take more prompts", "both do"),
+        "pass@1": ("take the seed set", "take more prompts", "either will do"),
+        "flawed_correct": ("take the seed set", "take more prompts", "either will do"),
     }),
     ("The outcome loss beside the step loss", "step_kto", "step_only",
-     {"pass@1": ("keep it", "try the step loss alone", "it hardly matters")}),
+     {"pass@1": ("keep it", "with exact labels try the step loss alone", "it hardly matters"),
+      "flawed_correct": ("keep it", "with exact labels try the step loss alone", "it hardly matters")}),
     ("KTO or fine-tuning on right answers", "kto", "rft",
-     {"pass@1": ("learn from wrong answers too", "start with fine-tuning on right answers", "both do")}),
-    ("Step-KTO or DPO", "step_kto", "dpo", {"pass@1": ("prefer Step-KTO", "prefer DPO", "both do")}),
+     {"pass@1": ("learn from wrong answers too", "start with fine-tuning on right answers", "either will do")}),
+    ("Step-KTO or DPO", "step_kto", "dpo", {"pass@1": ("prefer Step-KTO", "prefer DPO", "either will do")}),
 )  # fmt: skip
 WIDE = "too wide, or of too few seeds, to say"
 
@@ -98,7 +103,9 @@ def advice(page: Page) -> list[str]:
             unsaid.append(f"`{a}` - `{b}`")
     lines += ablation_advice(page)
     if any(run[0] == "main" and (x := drift_of(page, run)) and x[0].sign < 0 for run in heads(page)):
-        lines.append("Refit or check the PRM head as the policy moves: its AUROC falls over the iterations.")
+        lines.append(
+            "Check the PRM head as the policy moves: its AUROC falls over the iterations. Refitting it was not tried."
+        )
     if lost_form(page):
         lines.append(
             "Watch the length of solutions and KL from M_0, and keep earlier checkpoints: some runs lost the form of "
@@ -134,31 +141,49 @@ def advised(page: Page, a: str, b: str, metric: str, words: tuple[str, str, str]
 def ablation_advice(page: Page) -> list[str]:
     every, planned = variants(page), len(page.family.ablation_seeds)
     found: dict[str, list[str]] = {}
-    noise = []
+    noise: list[str] = []
+    same: list[str] = []
     for v in every:
         verdicts = {m: judged(e, METRICS[m].good) for m, e in v.differences.items()}
         moved = [m for m, x in verdicts.items() if x in ("better", "worse")]
         text = ", ".join(f"{METRICS[m].title} {gap(v.differences[m], METRICS[m])}" for m in moved)
         if share := noise_of(v.name):
             if v.seeds > 1:
-                metric = METRICS["pass@1"]
-                text = text or f"no cost shown, {metric.title} {gap(v.differences['pass@1'], metric)}"
-                noise.append(f"{100 * share:g} %: {text}")
+                text = ", ".join(filter(None, (_by_model(v), text)))
+                noise.append(f"{100 * share:g} %: {text or 'no cost could be shown'}")
+            continue
+        if v.same:
+            same.append(f"`{v.name}`")
             continue
         kinds = {verdicts[m] for m in moved}
         kind = "both" if len(kinds) == 2 else next(iter(kinds), "wide")
         if kind == "wide" and verdicts and all(narrow(e, planned) for e in v.differences.values()):
             kind = "same"
+        early = {judged(e, METRICS["pass@1"].good) for e in v.earlier.values()} & {"better", "worse"}
+        if kind == "wide" and len(early) == 1:
+            kind, text = f"{early.pop()} early", _by_model(v)
         found.setdefault(kind if verdicts else "", []).append(f"`{v.name}`" + (f" ({text})" if text else ""))
     words = {
         "better": "Ablations worth trying, better than the base",
         "worse": "To be left alone, worse than the base",
+        "better early": "Ahead of the base before the last model, with which nothing is shown",
+        "worse early": "Behind the base before the last model, with which nothing is shown",
         "both": "A trade, better in one measure and worse in the other",
         "same": f"Hardly matter, within {100 * NARROW:g} points",
         "wide": capital(WIDE),
     }
     lines = [f"{word}: {listed(found[kind])}." for kind, word in words.items() if kind in found]
+    if same:
+        lines.append(f"Without any effect, the base's very solutions: {listed(same)}.")
     return lines + ([f"Step labels turned over, {'; '.join(noise)}."] if noise else []) + failed_variants(every)
+
+
+def _by_model(v: Variant) -> str:
+    """Those of a variant's differences in Pass@1 before the last model that are shown."""
+    metric = METRICS["pass@1"]
+    shown = {t: e for t, e in v.earlier.items() if judged(e, metric.good) in ("better", "worse")}
+    gaps = ", ".join(f"M_{t} {gap(e, metric)}" for t, e in sorted(shown.items()))
+    return f"{metric.title} of {gaps}" if gaps else ""
 
 
 def limits(page: Page) -> list[str]:
@@ -171,7 +196,7 @@ def limits(page: Page) -> list[str]:
     if every:
         verb, chance = "is" if found == 1 else "are", math.ceil(0.05 * len(every))
         lines.append(
-            f"The tables judge {counted(len(every), 'difference')} of last models; {found} of them {verb} shown. "
+            f"The tables judge {counted(len(every), 'difference')}; {found} of them {verb} shown. "
             f"Nothing is corrected for their number: if none were real, about {chance} at most would be expected."
         )
     levels = [page.study.level(("main", d, n), "test", "pass@1") for d in page.difficulties() for n in page.arms(d)]
@@ -184,10 +209,19 @@ def limits(page: Page) -> list[str]:
         )
     if tried := searched(page):
         most = max(t.seeds for t in tried)
-        lines.append(
+        text = (
             f"The search has {counted(most, 'seed')} a setting and covers learning rate and beta alone: an arm may be "
-            "better with settings that were not tried."
+            "better with settings that were not tried. Arms are compared as tuned, with learning rates and betas of "
+            "their own."
         )
+        fell = []
+        for t in tried:
+            reached = page.study.level(("main", t.difficulty, t.arm), "test", "pass@1")
+            if t.chosen and reached and t.rate - reached.value > NARROW:
+                fell.append(f"`{t.arm}` on {t.difficulty} {100 * t.rate:.1f} and {100 * reached.value:.1f}")
+        if fell:
+            text += f" What was chosen promised more than it kept (Pass@1 in search and results): {listed(fell)}."
+        lines.append(text)
     return ["## Limits", "", *bullets(lines)]
 
 

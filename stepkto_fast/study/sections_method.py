@@ -66,10 +66,10 @@ def method(page: Page) -> list[str]:
     lines += paragraph(
         "**Measures**, of held-out problems, steps judged by the exact checker. Pass@1: share of problems whose greedy "
         "solution is right. Maj@8: share whose most frequent answer of 8 samples is right. Pass@8: share with a right "
-        "answer among 8 samples. Flawed right answers: share of right greedy solutions with a wrong step. First error: "
-        "number of the first wrong step, from 1, of greedy solutions that have one, and the share of the solution "
-        "before it; an arm that repairs easy errors is left with others, so read it beside the step accuracy, the "
-        "share of right steps. KL is a completion's."
+        "answer among 8 samples; both of M_0 and the last model alone. Flawed right answers: share of right greedy "
+        "solutions with a wrong step. First error: number of the first wrong step, from 1, of greedy solutions that "
+        "have one, and the share of the solution before it; an arm that repairs easy errors is left with others, so "
+        "read it beside the step accuracy, the share of right steps. KL is a completion's."
     )
     lines += paragraph(
         "**Intervals** hold 95 % and cover two kinds of chance, other seeds and other problems: the hull of a "

@@ -3,15 +3,14 @@
 from collections.abc import Callable, Mapping, Sequence
 
 from .findings import ASKED, DIFFERENCES, Page, compare, growth, of_last, pairs, rows_of, sentence
-from .form import lost_form, lost_of, share_of_runs
+from .form import lost_form, lost_of, lost_table, share_of_runs
 from .heads import drift_sentences, heads
-from .statistics import METRICS, Estimate, Run
+from .statistics import METRICS, Estimate
 from .variants import failed_variants, variants, with_outcomes
 from .words import (
     bullets,
     capital,
     counted,
-    fixed,
     fold,
     gap,
     judged,
@@ -41,7 +40,7 @@ def results(page: Page) -> list[str]:
     for a in ("step_kto", "step_kto_prm"):
         if grown := [s for m in ASKED if (s := growth(page, a, "kto", m))]:
             said.append(f"`{a}` minus `kto` from M_1 on: {'; '.join(grown)}.")
-    lines += bullets([*said, *lost_form(page)])
+    lines += bullets([*said, *lost_form(page)]) + lost_table(page)
     rows = [(f"`{a}` - `{b}`", *difference_cells(page, a, b, DIFFERENCES)) for a, b in pairs(page)]
     lines += fold("All differences of last models, in points", table(("", *difference_titles(page, DIFFERENCES)), rows))
     titles = ("arm", "first error", "before the first error, %", "step accuracy, %", "tokens", "KL from M_0, nats")
@@ -83,19 +82,17 @@ def _tokens(record: dict) -> float:
 
 
 def by_iteration(page: Page) -> list[str]:
-    """The levels of all models of an arm, those of a measure in one cell."""
+    """The levels of all models of an arm."""
     rows = []
-    for difficulty in page.difficulties():
-        models = range(page.last(difficulty) + 1)
-        for name in page.arms(difficulty):
-            run: Run = ("main", difficulty, name)
-            cells = []
-            for m in ASKED:
-                estimates = [page.study.level(run, t, m) for t in models]
-                cells.append(", ".join(fixed(100 * e.value, 1) if e else "none" for e in estimates))
-            if page.study.level(run, 0, "pass@1"):
-                rows.append((f"`{name}`, {difficulty}", *cells))
-    return table(("arm", *(f"{METRICS[m].title}, M_0 and later" for m in ASKED)), rows)
+    models = range(max(map(page.last, page.difficulties()), default=0) + 1)
+    for m in ASKED:
+        for difficulty in page.difficulties():
+            for name in page.arms(difficulty):
+                estimates = [page.study.level(("main", difficulty, name), t, m) for t in models]
+                if any(estimates):
+                    cells = (level(e, METRICS[m]) for e in estimates)
+                    rows.append((f"`{name}`, {difficulty}: {METRICS[m].title}", *cells))
+    return table(("arm", *(f"M_{t}" for t in models)), rows)
 
 
 def longer_chains(page: Page) -> list[str]:
@@ -117,7 +114,8 @@ def drift(page: Page) -> list[str]:
     lines += paragraph(
         "The head is fitted on M_0's solutions of a seed set; the policy then moves away from what the head has seen. "
         "Judged by AUROC: the chance that a right step scores above a wrong one, 50 % for a guess. F1 of finding wrong "
-        "steps also follows how many are wrong, which stands beside it."
+        "steps also follows how many are wrong, which stands beside it. The wrong steps that a policy has left are "
+        "others than those it began with: whether the head became worse, or its task harder, is not separated here."
     )
     lines += bullets(drift_sentences(page)) + page.picture("drift")
     models = range(max(page.last(difficulty) for _, difficulty, _ in runs) + 1)
@@ -160,14 +158,28 @@ def ablations(page: Page) -> list[str]:
         "model; shown ones in bold. CPU: seconds of training, over the base's, each of the seed that took the fewest."
         + (f" With {counted(most, 'seed')} the interval is wide: only large effects can be shown." if most > 1 else "")
     )
+    for difficulty in page.study.difficulties("ablations"):
+        seeds: dict[str, set[int]] = {}
+        for v in found:
+            if v.difficulty == difficulty:
+                seeds.setdefault(v.base, set()).update(page.study.runs("ablations", difficulty, v.name))
+        broke = [x for base in seeds for x in lost_of(page, "main", base, difficulty)[0]]
+        places = [f"`{x.name}` with seed {x.seed}" for x in broke if x.seed in seeds[x.name]]
+        if places:
+            lines += paragraph(
+                f"On {difficulty}, runs that others are held against lost the form of solutions, see Results: "
+                f"{listed(places)}. That widens the intervals of last models: read the earlier ones, too."
+            )
+    models = sorted({t for v in found for t in v.earlier})
     rows = [
         (f"`{v.name}`", v.text, v.difficulty, f"`{v.base}`", v.seeds,
-         *(shown(v.differences.get(m), METRICS[m], planned) for m in ASKED),
+         *(shown(v.earlier.get(t), METRICS["pass@1"], planned) for t in models),
+         *("the same solutions" if v.same else shown(v.differences.get(m), METRICS[m], planned) for m in ASKED),
          "" if v.cost is None else f"{v.cost:.2f}x", f"{v.failed} of {v.runs}" if v.failed else "")
         for v in found
     ]  # fmt: skip
-    titles = ("variant", "what changes", "difficulty", "base", "seeds", *(METRICS[m].title for m in ASKED), "CPU",
-              "failed")  # fmt: skip
+    titles = ("variant", "what changes", "difficulty", "base", "seeds", *(f"Pass@1, M_{t}" for t in models),
+              *(METRICS[m].title for m in ASKED), "CPU", "failed")  # fmt: skip
     lines += bullets(failed_variants(found)) + page.picture("ablations")
     return [*lines, *fold("All ablations", table(titles, rows)), *beside_steps(page)]
 
@@ -177,23 +189,29 @@ def beside_steps(page: Page) -> list[str]:
     planned, lines = len(page.family.ablation_seeds), []
     for difficulty in page.study.difficulties("ablations"):
         found = with_outcomes(page, difficulty)
+        models = sorted({t for x in found for t in x.models})
         rows = [
-            (f"`{x.name}`", x.text, *(shown(e, METRICS["pass@1"], planned) for e in (x.first, x.last.get("pass@1"))),
+            (f"`{x.name}`", x.text, f"`{x.alone}`",
+             *(shown(x.models.get(t), METRICS["pass@1"], planned) for t in models),
              shown(x.last.get("flawed_correct"), METRICS["flawed_correct"], planned),
              share_of_runs(*lost_of(page, x.stage, x.name, difficulty)))
             for x in found
         ]  # fmt: skip
-        last = f"M_{page.last(difficulty)}"
-        flawed = f"{METRICS['flawed_correct'].title}, {last}"
-        titles = ("run", "losses", "Pass@1, M_1", f"Pass@1, {last}", flawed, "lost form")
         if not rows:
             continue
+        alone = [
+            (f"`{name}`", "the step loss alone", "", *[""] * (len(models) + 1),
+             share_of_runs(*lost_of(page, "ablations", name, difficulty)))
+            for name in dict.fromkeys(x.alone for x in found)
+        ]  # fmt: skip
         lines += paragraph(
-            f"**The outcome loss beside the step loss**, {difficulty}: runs with it minus `step_only`, the step loss "
-            "alone, over common seeds, in points. An outcome has one sign for a whole solution: that of a wrong answer "
-            "pushes its right steps down, that of a flawed right answer its wrong steps up. Lost form: as under "
-            "Results."
+            f"**The outcome loss beside the step loss**, {difficulty}: what is changed by adding it, in points, over "
+            "common seeds, at one learning rate and beta, those of `step_kto`; classes balanced, then not. Lost form: "
+            "as under Results."
         )
+        flawed = f"{METRICS['flawed_correct'].title}, M_{page.last(difficulty)}"
+        titles = ("run", "losses", "minus", *(f"Pass@1, M_{t}" for t in models), flawed, "lost form")
+        rows += alone
         lines += table(titles, rows)
     return lines
 

@@ -10,14 +10,19 @@ from .words import counted, listed, settings_text
 
 
 class Variant(NamedTuple):
-    """An ablation beside its base, over the seeds of which both runs finished. `runs`: of the variant; `failed`: how
-    many of them."""
+    """An ablation beside its base, over the seeds of which both runs finished.
+
+    `differences`: of the last models; `earlier`: in Pass@1, of those before; `runs`: of the variant, and `failed`: how
+    many of them; `same`: whether every greedy solution was judged as the base's.
+    """
 
     name: str
     difficulty: str
     base: str
     text: str
     differences: dict[str, Estimate]
+    earlier: dict[int, Estimate]
+    same: bool
     runs: int
     failed: int
     cost: float | None
@@ -39,7 +44,10 @@ def variants(page: Page) -> list[Variant]:
             against: Run = ("main", difficulty, base)
             others = page.study.runs(*against)
             differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
+            models = range(1, page.last(difficulty))
+            earlier = {t: e for t in models if (e := page.study.difference(run, against, t, "pass@1"))}
             common = sorted(set(runs) & set(others))
+            same = bool(common) and all(runs[s]["greedy"] == others[s]["greedy"] for s in common)
             own, of_base = cost(runs.values()), cost(others.values())
             changed: dict[str, Any] = {}
             for s in common[:1]:
@@ -47,41 +55,49 @@ def variants(page: Page) -> list[Variant]:
             text = VARIANTS.get(name) or settings_text(changed or some["overrides"])
             times = own / of_base if own and of_base else None
             failed = sum("failed" in r for r in runs.values())
-            found.append(Variant(name, difficulty, base, text, differences, len(runs), failed, times))
+            found.append(Variant(name, difficulty, base, text, differences, earlier, same, len(runs), failed, times))
     return found
 
 
-# Runs from the outcome loss alone to ever more of the step loss, then with a part of the outcome loss.
-WITH_OUTCOMES: dict[tuple[str, str], str] = {
-    ("main", "kto"): "the outcome loss alone",
-    ("ablations", "step_weight_0.3"): "both, the step loss weighs 0.3",
-    ("main", "step_kto"): "both, each weighs 1",
-    ("ablations", "step_weight_3"): "both, the step loss weighs 3",
-    ("ablations", "classes_unweighted"): "both, classes not balanced",
-    ("ablations", "outcome_right"): "both, classes not balanced, outcomes of right answers alone",
-    ("ablations", "outcome_wrong"): "both, classes not balanced, outcomes of wrong answers alone",
+# The step loss alone, at one learning rate and beta, and what adds outcome loss to it.
+WITH_OUTCOMES: dict[str, dict[tuple[str, str], str]] = {
+    "outcome_none": {
+        ("ablations", "step_weight_3"): "both, the step loss weighs 3",
+        ("main", "step_kto"): "both, each weighs 1",
+        ("ablations", "step_weight_0.3"): "both, the step loss weighs 0.3",
+    },
+    "unweighted_outcome_none": {
+        ("ablations", "outcome_right"): "outcomes of right answers alone",
+        ("ablations", "classes_unweighted"): "both, each weighs 1",
+        ("ablations", "outcome_wrong"): "outcomes of wrong answers alone",
+    },
 }
 
 
 class WithOutcomes(NamedTuple):
-    """A run that has the outcome loss, beside the step loss alone over common seeds, at M_1 and of the last model."""
+    """A run that has outcome loss, beside the same settings without it, over common seeds: Pass@1 of each model, and
+    what is asked of the last."""
 
+    alone: str
     stage: str
     name: str
     text: str
-    first: Estimate | None
+    models: dict[int, Estimate]
     last: dict[str, Estimate]
 
 
 def with_outcomes(page: Page, difficulty: str) -> list[WithOutcomes]:
-    """What the outcome loss does to the step loss; empty without an ablation of their weights."""
-    found, alone = [], ("main", difficulty, "step_only")
-    for (stage, name), text in WITH_OUTCOMES.items():
-        run: Run = (stage, difficulty, name)
-        last = {m: e for m in ASKED if (e := page.study.difference(run, alone, "test", m))}
-        if last:
-            found.append(WithOutcomes(stage, name, text, page.study.difference(run, alone, 1, "pass@1"), last))
-    return found if any(x.stage == "ablations" for x in found) else []
+    """What the outcome loss does to the step loss, all else equal."""
+    found = []
+    for alone, runs in WITH_OUTCOMES.items():
+        for (stage, name), text in runs.items():
+            pair: tuple[Run, Run] = (stage, difficulty, name), ("ablations", difficulty, alone)
+            last = {m: e for m in ASKED if (e := page.study.difference(*pair, "test", m))}
+            models = range(1, page.last(difficulty) + 1)
+            of_models = {t: e for t in models if (e := page.study.difference(*pair, t, "pass@1"))}
+            if last:
+                found.append(WithOutcomes(alone, stage, name, text, of_models, last))
+    return found
 
 
 def failed_variants(found: list[Variant]) -> list[str]:
@@ -96,15 +112,18 @@ def noise_of(name: str) -> float | None:
 
 
 def all_differences(page: Page) -> Iterator[Estimate]:
-    """Every difference of last models that a table judges."""
+    """Every difference that a table judges."""
     for a, b in pairs(page):
         for difficulty in page.difficulties():
             yield from (e for m in DIFFERENCES if (e := page.difference(difficulty, a, b, m)) is not None)
     for v in variants(page):
         yield from v.differences.values()
+        yield from v.earlier.values()
     for difficulty in page.study.difficulties("ablations"):
         for x in with_outcomes(page, difficulty):
-            if x.stage == "ablations":  # the others are among the pairs of arms
+            if x.name != "step_kto":  # minus outcome_none: among the variants, the other way round
+                last = page.last(difficulty)
+                yield from (e for t, e in x.models.items() if t < last)
                 yield from x.last.values()
 
 
