@@ -81,6 +81,13 @@ def method(page: Page) -> list[str]:
     if common := shared_settings(page):
         text = "**Settings** that all runs share, where they differ from the package's defaults: "
         lines += paragraph(f"{text}{settings_text(common)}.")
+    if page.family.name == "cpu":
+        lines += paragraph(
+            "**Cut**, so that the whole fits into about ten hours of two cores: more than one seed in the search; "
+            "searches of their own for `kto_more`, `step_kto_prm` and the step beta; ablations on easy chains; Maj@8 "
+            "and Pass@8 of the models between. All arms have reference points of zero; those of KTO's paper are an "
+            "ablation. `rft` keeps solutions that were sampled twice."
+        )
     return lines
 
 
