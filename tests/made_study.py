@@ -144,6 +144,13 @@ class Maker:
         return self
 
 
+def fail(path, models):
+    """Makes a run one that failed after so many evaluations."""
+    record = json.loads(path.read_text())
+    kept = {"greedy": record["greedy"][:models], "iterations": record["iterations"][:models]}
+    path.write_text(json.dumps({k: v for k, v in record.items() if k != "final"} | kept | {"failed": "it diverged"}))
+
+
 def text_of(folder: Path, **options) -> str:
     return page.page_text(Study(load(folder), 500), {}, **options)
 

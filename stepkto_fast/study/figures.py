@@ -119,19 +119,21 @@ def _curves(axes: Axes, panel: Panel, intervals: bool) -> list[tuple[str, str, f
 
 
 def forest(panels: Sequence[Sequence[Forest]], title: str, caption: str) -> bytes:
-    """Differences with their intervals, one row each; the panels of a row have the same labels.
+    """Differences with their intervals, one row each; the panels of a row have the same labels."""
+    return _png(forest_figure(panels, title, caption))
 
-    The frame reaches to `REACH` times the largest difference of its column: a wide interval goes on outside.
-    """
+
+def forest_figure(panels: Sequence[Sequence[Forest]], title: str, caption: str) -> Figure:
+    """As `forest`, not yet written. The frame reaches to `REACH` times the largest difference of its column: a wide
+    interval goes on outside, and the caption says so."""
     heights = [0.75 + 0.3 * len(line[0].rows) for line in panels]
-    reaches, cut = [], ""
-    for number in range(max(map(len, panels))):
-        column = [panel for line in panels for panel in line[number : number + 1]]
-        bounds = [of_row for panel in column for of_row in panel.bounds()]
-        reaches.append(REACH * max((abs(value) for value, _, _ in bounds if value), default=math.inf))
-        if any(max(abs(low), abs(high)) > reaches[-1] for _, low, high in bounds):
-            cut = " Lines that meet the frame go on."
-    caption += cut
+    bounds = [
+        [of_row for line in panels for panel in line[number : number + 1] for of_row in panel.bounds()]
+        for number in range(max(map(len, panels)))
+    ]
+    reaches = [REACH * max((abs(value) for value, _, _ in of if value), default=math.inf) for of in bounds]
+    if any(max(abs(low), abs(high)) > reach for of, reach in zip(bounds, reaches, strict=True) for _, low, high in of):
+        caption += " Lines that meet the frame go on."
     figure = _figure(1.15 + sum(heights), title, caption)
     grid = figure.subplots(len(panels), max(map(len, panels)), squeeze=False, height_ratios=heights)
     for line, of_line in zip(panels, grid, strict=True):
@@ -143,7 +145,7 @@ def forest(panels: Sequence[Sequence[Forest]], title: str, caption: str) -> byte
         limits = [axes.get_xlim() for axes in column if axes.get_visible()]
         for axes in column:
             axes.set_xlim(max(min(low for low, _ in limits), -reach), min(max(high for _, high in limits), reach))
-    return _png(figure)
+    return figure
 
 
 def _forest(axes: Axes, panel: Forest, labels: bool) -> None:

@@ -155,6 +155,5 @@ def _drift_panels(page: Page) -> list[figures.Panel]:
         _, difficulty, name = run
         models = range(page.last(difficulty) + 1)
         estimates = [head(page, run, t) for t in models]
-        shares = [e and e._replace(low=max(e.low, 0.0), high=min(e.high, 1.0)) for e in estimates]
-        panels.setdefault(difficulty, {})[name] = shares
+        panels.setdefault(difficulty, {})[name] = [e and e.as_share() for e in estimates]
     return [figures.Panel(page.title(difficulty), "AUROC, %", lines) for difficulty, lines in panels.items()]

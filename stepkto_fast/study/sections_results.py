@@ -193,7 +193,7 @@ def beside_steps(page: Page) -> list[str]:
         rows = [
             (f"`{x.name}`", x.text, f"`{x.alone}`",
              *(shown(x.models.get(t), METRICS["pass@1"], planned) for t in models),
-             shown(x.last.get("flawed_correct"), METRICS["flawed_correct"], planned),
+             shown(x.flawed, METRICS["flawed_correct"], planned),
              share_of_runs(*lost_of(page, x.stage, x.name, difficulty)))
             for x in found
         ]  # fmt: skip

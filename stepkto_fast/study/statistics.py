@@ -48,6 +48,10 @@ class Estimate(NamedTuple):
             return 0
         return int(self.low > 0) - int(self.high < 0)
 
+    def as_share(self) -> "Estimate":
+        """With an interval that stays in [0, 1]."""
+        return self._replace(low=max(self.low, 0.0), high=min(self.high, 1.0))
+
     def verdict(self, good: int) -> Verdict:
         """What a difference shows of its first arm. `good`: 1 where more is better, -1 where less is."""
         return "no difference" if self.sign == 0 else "better" if self.sign == good else "worse"

@@ -44,8 +44,7 @@ def variants(page: Page) -> list[Variant]:
             against: Run = ("main", difficulty, base)
             others = page.study.runs(*against)
             differences = {m: e for m in ASKED if (e := page.study.difference(run, against, "test", m))}
-            models = range(1, page.last(difficulty))
-            earlier = {t: e for t in models if (e := page.study.difference(run, against, t, "pass@1"))}
+            earlier = by_model(page, run, against, page.last(difficulty) - 1)
             common = sorted(set(runs) & set(others))
             same = bool(common) and all(runs[s]["greedy"] == others[s]["greedy"] for s in common)
             own, of_base = cost(runs.values()), cost(others.values())
@@ -76,14 +75,14 @@ WITH_OUTCOMES: dict[str, dict[tuple[str, str], str]] = {
 
 class WithOutcomes(NamedTuple):
     """A run that has outcome loss, beside the same settings without it, over common seeds: Pass@1 of each model, and
-    what is asked of the last."""
+    flawed right answers of the last."""
 
     alone: str
     stage: str
     name: str
     text: str
     models: dict[int, Estimate]
-    last: dict[str, Estimate]
+    flawed: Estimate | None
 
 
 def with_outcomes(page: Page, difficulty: str) -> list[WithOutcomes]:
@@ -92,12 +91,15 @@ def with_outcomes(page: Page, difficulty: str) -> list[WithOutcomes]:
     for alone, runs in WITH_OUTCOMES.items():
         for (stage, name), text in runs.items():
             pair: tuple[Run, Run] = (stage, difficulty, name), ("ablations", difficulty, alone)
-            last = {m: e for m in ASKED if (e := page.study.difference(*pair, "test", m))}
-            models = range(1, page.last(difficulty) + 1)
-            of_models = {t: e for t in models if (e := page.study.difference(*pair, t, "pass@1"))}
-            if last:
-                found.append(WithOutcomes(alone, stage, name, text, of_models, last))
+            if models := by_model(page, *pair, page.last(difficulty)):
+                flawed = page.study.difference(*pair, "test", "flawed_correct")
+                found.append(WithOutcomes(alone, stage, name, text, models, flawed))
     return found
+
+
+def by_model(page: Page, a: Run, b: Run, last: int) -> dict[int, Estimate]:
+    """a - b in Pass@1, of M_1 to M_last."""
+    return {t: e for t in range(1, last + 1) if (e := page.study.difference(a, b, t, "pass@1"))}
 
 
 def failed_variants(found: list[Variant]) -> list[str]:
@@ -122,9 +124,9 @@ def all_differences(page: Page) -> Iterator[Estimate]:
     for difficulty in page.study.difficulties("ablations"):
         for x in with_outcomes(page, difficulty):
             if x.name != "step_kto":  # minus outcome_none: among the variants, the other way round
-                last = page.last(difficulty)
-                yield from (e for t, e in x.models.items() if t < last)
-                yield from x.last.values()
+                yield from x.models.values()
+                if x.flawed is not None:
+                    yield x.flawed
 
 
 def cost(records: Iterable[dict]) -> float | None:

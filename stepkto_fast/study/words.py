@@ -26,8 +26,8 @@ def level(e: Estimate | None, metric: Metric | None = None, digits: int = 1) -> 
     """As `plain`, shares in per cent, between 0 and 100; without a metric it is a share."""
     if e is None or not (metric is None or metric.share):
         return plain(e, digits)
-    low, high = (min(max(x, 0.0), 1.0) if not math.isnan(x) else x for x in (e.low, e.high))
-    return plain(Estimate(100 * e.value, 100 * low, 100 * high, e.seeds), digits)
+    e = e.as_share()
+    return plain(Estimate(100 * e.value, 100 * e.low, 100 * e.high, e.seeds), digits)
 
 
 def gap(e: Estimate, metric: Metric | None = None, unit: bool = True) -> str:
